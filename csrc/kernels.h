@@ -1,0 +1,56 @@
+/* Between the public functions (<family>.c) and the row kernels (rows/, compiled in isa/): one job, one table of
+ * kernels for each instruction set and precision. Not part of the public interface. */
+#ifndef PROBMOE_KERNELS_H
+#define PROBMOE_KERNELS_H
+
+#include "probmoe.h"
+
+typedef struct pm_job {
+  pm_shape shape;
+  const void *logits;
+  const void *vector;     /* grad, v or grad_weights, dense */
+  const int64_t *indices; /* routing backward */
+  void *out;
+  int64_t *out_indices;
+  void *scratch;
+  uint64_t seed;
+  int is_double; /* the type of logits, vector and out; the kernel's own precision may be higher */
+  int sample;    /* routing: draw, or take the mode */
+  int normalize;
+  int marginal;  /* routing backward: through the marginals, or straight through */
+} pm_job;
+
+typedef pm_status (*pm_kernel)(const pm_job *job);
+
+typedef struct pm_kernels {
+  size_t (*scratch_size)(int64_t experts, int64_t k_max);
+  pm_kernel log_partition; /* NULL in single precision, as are cardinality, its backward and entropy */
+  pm_kernel cardinality;
+  pm_kernel cardinality_backward;
+  pm_kernel entropy;
+  pm_kernel marginals;
+  pm_kernel covariance_vp;
+  pm_kernel sample;
+  pm_kernel route;
+  pm_kernel route_backward;
+} pm_kernels;
+
+extern const pm_kernels pm_kernels_portable_f32, pm_kernels_portable_f64;
+#if defined(__x86_64__)
+extern const pm_kernels pm_kernels_avx2_f32, pm_kernels_avx2_f64;
+extern const pm_kernels pm_kernels_avx512_f32, pm_kernels_avx512_f64;
+#endif
+
+/* The kernels of the instruction set in use. `is_double` asks for double precision. */
+const pm_kernels *pm_kernels_in_use(int is_double);
+
+/* Single-precision problems up to these bounds are computed in single precision; beyond them rounding and the range of
+ * exp(k) would break the promised accuracy, and double precision is used. */
+#define PM_SINGLE_MAX_EXPERTS 256
+#define PM_SINGLE_MAX_K 32
+
+/* Fills the shape, checks it and picks the precision. */
+pm_status pm_check(const pm_shape *shape, const void *logits, const void *out, const void *scratch);
+int pm_double_needed(const pm_shape *shape, int is_double);
+
+#endif

@@ -1,0 +1,165 @@
+/* probmoe: exact cardinality-constrained expert routing.   SPDX-License-Identifier: MIT
+ *
+ * The C library below probmoe_ext. It needs a C17 compiler and libm, nothing else.
+ *
+ * WHAT IT COMPUTES
+ *   Logits r in (R + {-inf})^E and a band 0 <= k_min <= k_max <= E define a law on subsets S of the E experts,
+ *       P(S) = exp(sum_{i in S} r_i) / Z   for k_min <= |S| <= k_max,   Z = sum_{j=k_min..k_max} e_j(exp(r)),
+ *   with e_j the j-th elementary symmetric polynomial (conditional Bernoulli; exact k is k_min = k_max = k).
+ *   A logit of -inf masks its expert out.
+ *
+ * LAYOUT
+ *   A batch is T rows of E logits; the elements of a row are contiguous, rows are `stride` elements apart.
+ *   Outputs and all other inputs are dense row-major. Outputs may not overlap inputs.
+ *
+ * MEMORY
+ *   Nothing is allocated and nothing is kept: no globals, no state, no printing, no threads. The caller gives
+ *   pm_scratch_size() bytes of scratch, of any alignment, and may use them again for the next call.
+ *
+ * THREADS
+ *   Every function is pure and safe to call from several threads, each with scratch of its own. To spread a batch,
+ *   call it for ranges of rows with `first_row` set to the number of the range's first row: results, samples
+ *   included, depend on the row's number and its logits alone, never on the split.
+ *
+ * STATUS
+ *   PM_OK: every output element is written. PM_INFEASIBLE: some row has fewer than k_min experts above -inf;
+ *   that row's outputs are NaN (indices: 0, 1, 2, ...), all other rows are as with PM_OK. Any other status:
+ *   no output was written.
+ *   A row with a NaN or a +inf has NaN results and indices that stay in range.
+ *
+ * RANDOMNESS
+ *   Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed, counted by (draw, row, purpose): see philox.h.
+ *
+ * METHOD
+ *   Tilting and the linear-domain recursion: with any real lambda, e_j(w) = exp(j lambda) e_j(w exp(-lambda)), and
+ *   the tilted polynomials are built by A[j] += w_i A[j-1], a sum of positive terms, so that no digit is lost and
+ *   nothing is clamped (Chen, Dempster & Liu 1994 describe the family; the tilt is chosen as in rows/tilt.h).
+ *   Cost O(E k_max) a row for every function but pm_subset_mode and pm_route_top_k, which are O(E + k log E) typically.
+ *
+ * ACCURACY (against a 50-digit oracle; tests/ops/test_accuracy.py repeats the measurement)
+ *   _f32: log Z within 3e-6 max(1, |log Z|), marginals within 1e-6 absolute and 1e-5 relative where they exceed
+ *   1e-12, covariance products within 5e-6 max|v|. _f64: the same with 1e-13.
+ */
+#ifndef PROBMOE_H
+#define PROBMOE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PM_VERSION_MAJOR 0
+#define PM_VERSION_MINOR 1
+#define PM_VERSION_PATCH 0
+
+/* The largest number of experts. */
+#define PM_MAX_EXPERTS 65536
+
+typedef enum pm_status {
+  PM_OK = 0,
+  PM_NULL_POINTER = 1,     /* a required pointer is NULL */
+  PM_BAD_SHAPE = 2,        /* rows < 0, experts < 1 or > PM_MAX_EXPERTS, or stride < experts */
+  PM_BAD_CARDINALITY = 3,  /* not 0 <= k_min <= k_max <= experts */
+  PM_INFEASIBLE = 4        /* a row has fewer than k_min unmasked experts (pm_infeasible_row_* finds it) */
+} pm_status;
+
+/* One sentence, for people. Never NULL. */
+const char *pm_status_text(pm_status status);
+
+/* The instruction set in use: "avx512", "avx2", "neon" or "portable". The choice is made from the processor, once;
+ * the environment variable PROBMOE_ISA may name a lesser one. All that have fused multiply-add (all but the x86
+ * "portable") give the same bits. */
+const char *pm_instruction_set(void);
+
+/* The shape of a batch, and where it lies in a larger one. */
+typedef struct pm_shape {
+  int64_t rows;      /* T >= 0 */
+  int64_t experts;   /* E, 1 .. PM_MAX_EXPERTS */
+  int64_t k_min;     /* smallest subset, 0 .. k_max */
+  int64_t k_max;     /* largest subset, k_min .. E */
+  int64_t stride;    /* elements from one row of logits to the next, >= E */
+  int64_t first_row; /* number of the first row: counts its random draws */
+} pm_shape;
+
+/* Scratch bytes that suffice for every function at this E and k_max, whatever the number of rows. */
+size_t pm_scratch_size(int64_t experts, int64_t k_max);
+
+/* Number (0-based, within the range) of the first row with fewer than k_min unmasked experts; -1 if there is none. */
+int64_t pm_infeasible_row_f32(const pm_shape *shape, const float *logits);
+int64_t pm_infeasible_row_f64(const pm_shape *shape, const double *logits);
+
+/* ---- the subset family -------------------------------------------------------------------------------------- */
+
+/* log Z.  out [T].  Computed in double precision for both types.  k_max = 0 gives 0. */
+pm_status pm_subset_log_partition_f32(const pm_shape *shape, const float *logits, float *out, void *scratch);
+pm_status pm_subset_log_partition_f64(const pm_shape *shape, const double *logits, double *out, void *scratch);
+
+/* P(|S| = j), j = k_min..k_max.  out [T, k_max-k_min+1].  Computed in double precision for both types. */
+pm_status pm_subset_cardinality_f32(const pm_shape *shape, const float *logits, float *out, void *scratch);
+pm_status pm_subset_cardinality_f64(const pm_shape *shape, const double *logits, double *out, void *scratch);
+
+/* Its vector-Jacobian product: grad_logits_i = sum_j grad_j P(j) (P(i in S | |S| = j) - m_i).
+ * grad [T, k_max-k_min+1], grad_logits [T, E]. */
+pm_status pm_subset_cardinality_backward_f32(const pm_shape *shape, const float *logits, const float *grad,
+                                             float *grad_logits, void *scratch);
+pm_status pm_subset_cardinality_backward_f64(const pm_shape *shape, const double *logits, const double *grad,
+                                             double *grad_logits, void *scratch);
+
+/* m_i = P(i in S) = d log Z / d r_i.  out [T, E].  Rows sum to E|S|. */
+pm_status pm_subset_marginals_f32(const pm_shape *shape, const float *logits, float *out, void *scratch);
+pm_status pm_subset_marginals_f64(const pm_shape *shape, const double *logits, double *out, void *scratch);
+
+/* C v, C_ij = P(i, j in S) - m_i m_j = d m_i / d r_j, never materialised.  v [T, E], out [T, E]. */
+pm_status pm_subset_covariance_vp_f32(const pm_shape *shape, const float *logits, const float *v, float *out,
+                                      void *scratch);
+pm_status pm_subset_covariance_vp_f64(const pm_shape *shape, const double *logits, const double *v, double *out,
+                                      void *scratch);
+
+/* Entropy -sum_S P(S) log P(S) = log Z - sum_i m_i r_i.  out [T].  Computed in double precision for both types, term
+ * by term, so that nothing cancels at large logits. */
+pm_status pm_subset_entropy_f32(const pm_shape *shape, const float *logits, float *out, void *scratch);
+pm_status pm_subset_entropy_f64(const pm_shape *shape, const double *logits, double *out, void *scratch);
+
+/* An exact draw of S.  out [T, k_max], ascending; slots past |S| hold E. */
+pm_status pm_subset_sample_f32(const pm_shape *shape, const float *logits, uint64_t seed, int64_t *out,
+                               void *scratch);
+pm_status pm_subset_sample_f64(const pm_shape *shape, const double *logits, uint64_t seed, int64_t *out,
+                               void *scratch);
+
+/* The most probable S: every r_i > 0, then the count clamped to the band along the descending order, ties to the
+ * lower index.  out [T, k_max], by descending logit; slots past |S| hold E. */
+pm_status pm_subset_mode_f32(const pm_shape *shape, const float *logits, int64_t *out, void *scratch);
+pm_status pm_subset_mode_f64(const pm_shape *shape, const double *logits, int64_t *out, void *scratch);
+
+/* ---- routing ------------------------------------------------------------------------------------------------ */
+
+typedef enum pm_forward { PM_FORWARD_SAMPLE = 0, PM_FORWARD_MODE = 1 } pm_forward;
+typedef enum pm_backward { PM_BACKWARD_MARGINAL = 0, PM_BACKWARD_STRAIGHT_THROUGH = 1 } pm_backward;
+
+/* ProbMoE routing (arXiv 2606.01509): s = softmax(r), S drawn (PM_FORWARD_SAMPLE, ascending) or the mode
+ * (PM_FORWARD_MODE, descending); weights s_i on S, divided by their sum if `normalize`.
+ * weights, indices [T, k_max]; unused slots carry index E and weight 0.  With k_min = k_max and PM_FORWARD_MODE this is
+ * the fused softmax + top-k of conventional routing.  `seed` is read by PM_FORWARD_SAMPLE alone. */
+pm_status pm_route_f32(const pm_shape *shape, const float *logits, pm_forward forward, int normalize, uint64_t seed,
+                       float *weights, int64_t *indices, void *scratch);
+pm_status pm_route_f64(const pm_shape *shape, const double *logits, pm_forward forward, int normalize, uint64_t seed,
+                       double *weights, int64_t *indices, void *scratch);
+
+/* Gradient of the above from logits, indices and g = dL/dweights alone.  With z the indicator of S and
+ * u = (stopgrad(z - m) + m) s:  dL/dr = C (h s) + J_softmax^T (h z), where h = g on S and 0 elsewhere, or with
+ * `normalize` h_i = (g_i [i in S] - g.w) / sum(u) for every i.  PM_BACKWARD_STRAIGHT_THROUGH drops the first term.
+ * An index outside 0..E-1 is an unused slot.  grad_logits [T, E]. */
+pm_status pm_route_backward_f32(const pm_shape *shape, const float *logits, const int64_t *indices,
+                                const float *grad_weights, pm_backward backward, int normalize, float *grad_logits,
+                                void *scratch);
+pm_status pm_route_backward_f64(const pm_shape *shape, const double *logits, const int64_t *indices,
+                                const double *grad_weights, pm_backward backward, int normalize, double *grad_logits,
+                                void *scratch);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,254 @@
+/* Row kernels of the subset family: one prefix pass, and for what needs every expert one adjoint pass back. */
+#ifndef PM_ROWS_SUBSET_H
+#define PM_ROWS_SUBSET_H
+
+#include "tilt.h"
+
+/* Back over the experts, B in registers when `size` is constant, leaving in v[i] the unscaled
+ *   value:    w_i sum_j A_{i-1}[j] B_{i+1}[j+1]                                         (marginals)
+ *   tangent:  w_i sum_j A_{i-1}[j] (dB_{i+1}[j+1] + v_i B_{i+1}[j+1]) + dA_{i-1}[j] B_{i+1}[j+1]   (covariance)
+ * `adjoint` holds B_{E+1}, and with a tangent dB_{E+1}, on entry. */
+PM_ALWAYS_INLINE void adjoint_range(const block *k, vreal *adjoint, const vreal *table, int64_t begin, int64_t end, int size,
+                                    int plain, int tangent) {
+  const int cells = (size + 1) * (tangent ? 2 : 1);
+  vreal local[2 * (PM_UNROLLED_SIZE + 1)];
+  vreal *B = size <= PM_UNROLLED_SIZE ? local : adjoint;
+  if (B == local) {
+#pragma GCC unroll 18
+    for (int c = 0; c < cells; ++c) B[c] = adjoint[c];
+  }
+  for (int64_t i = end - 1; i >= begin; --i) {
+    const vreal *A = table + (i - begin) * cells;
+    const vreal w = k->w[i], q = plain ? w : k->q[i], v = tangent ? k->v[i] : w;
+    vreal even = splat(0), odd = splat(0);
+#pragma GCC unroll 8
+    for (int j = 0; j < size; ++j) {
+      vreal *sum = j & 1 ? &odd : &even;
+      if (tangent) {
+        const vreal inner = fma_(v, B[j + 1], B[size + 2 + j]);
+        *sum = fma_(A[j], inner, *sum);
+        *sum = fma_(A[size + 1 + j], B[j + 1], *sum);
+        B[size + 1 + j] = fma_(w, inner, plain ? B[size + 1 + j] : q * B[size + 1 + j]);
+      } else {
+        *sum = fma_(A[j], B[j + 1], *sum);
+      }
+      B[j] = fma_(w, B[j + 1], plain ? B[j] : q * B[j]);
+    }
+    if (!plain) {
+      B[size] = q * B[size];
+      if (tangent) B[2 * size + 1] = q * B[2 * size + 1];
+    }
+    k->v[i] = w * (even + odd);
+  }
+  if (B == local) {
+#pragma GCC unroll 18
+    for (int c = 0; c < cells; ++c) adjoint[c] = B[c];
+  }
+}
+
+#define PM_ADJOINT(k, begin, end, plain, tangent)                                                    \
+  switch ((k)->b) {                                                                                  \
+    case 1: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 1, plain, tangent); break;        \
+    case 2: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 2, plain, tangent); break;        \
+    case 4: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 4, plain, tangent); break;        \
+    case 6: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 6, plain, tangent); break;        \
+    case 8: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 8, plain, tangent); break;        \
+    default: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, (k)->b, plain, tangent); break; \
+  }
+
+PM_FOUR_FORMS(adjoint, PM_ADJOINT, (const block *k, int64_t begin, int64_t end), k, begin, end)
+
+PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, int tangent) {
+  for (int64_t s = k->segments - 1; s >= 0; --s) {
+    prefix_segment(k, s, plain, tangent);
+    PM_FORM(adjoint, plain, tangent)(k, s * k->segment, s + 1 == k->segments ? k->E : (s + 1) * k->segment);
+  }
+}
+
+/* ---- marginals ---------------------------------------------------------------------------------------------- */
+
+PM_ALWAYS_INLINE vmask marginals_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+  prefix_all(k, plain, 0);
+  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
+  if (!any(safe)) return safe;
+  memcpy(k->adjoint, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
+  adjoint_all(k, plain, 0);
+  for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
+  store_rows(k->v, safe, row, rows, k->E, job->out, job->is_double);
+  return safe;
+}
+
+PM_ROW_KERNEL(marginals, 1)
+
+/* ---- covariance-vector product ------------------------------------------------------------------------------ */
+
+/* v -> C v in place, `total` included; false lanes of the result are not safe. For exact k, C 1 = 0: the direction is
+ * centred first, which keeps the tangents small and with them the rounding. In the adjoint the tangent of 1 / Z is
+ * folded in by starting from -(dZ/Z) times the sizes. */
+PM_ALWAYS_INLINE vmask covariance_in_place(block *k, vmask wanted, int plain) {
+  const int64_t E = k->E;
+  const int b = k->b;
+  if (k->a == b) {
+    vreal mass = splat(0), moment = splat(0);
+    for (int64_t i = 0; i < E; ++i) {
+      mass += k->w[i];
+      moment = fma_(k->w[i], k->v[i], moment);
+    }
+    const vreal centre = select_((vmask)(mass > splat(0)), moment / mass, splat(0));
+    for (int64_t i = 0; i < E; ++i) k->v[i] -= centre;
+  }
+  prefix_all(k, plain, 1);
+  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
+  if (!any(safe)) return safe;
+  const vreal *end = prefix_end(k, 1);
+  vreal slope = splat(0);
+  for (int j = k->a; j <= b; ++j) slope = fma_(k->sizes[j], end[b + 1 + j], slope);
+  slope /= k->total;
+  for (int j = 0; j <= b; ++j) {
+    k->adjoint[j] = k->sizes[j];
+    k->adjoint[b + 1 + j] = -slope * k->sizes[j];
+  }
+  adjoint_all(k, plain, 1);
+  return safe;
+}
+
+PM_ALWAYS_INLINE vmask covariance_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+  const source v = {job->vector, k->E, job->is_double};
+  load_rows(&v, row, rows, k->E, k->v);
+  const vmask safe = covariance_in_place(k, wanted, plain);
+  if (!any(safe)) return safe;
+  for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
+  store_rows(k->v, safe, row, rows, k->E, job->out, job->is_double);
+  return safe;
+}
+
+PM_ROW_KERNEL(covariance, 2)
+
+/* ---- scalars of a row: double precision only ----------------------------------------------------------------- */
+#if PM_REAL_BITS == 64
+
+/* log prod (1 - p_i)^-1 over the experts, without the part max(x, 0) = r_i - lambda of those above the tilt. */
+static vreal log_normaliser(const block *k) {
+  vreal result = splat(0), product = splat(1);
+  for (int64_t i = 0; i < k->E; ++i) {
+    const vreal x = (k->x[i] - k->pivot) - k->offset;
+    product *= splat(1) + exp_(select_((vmask)(x < splat(0)), x, -x));
+    if (i % 512 == 511 || i == k->E - 1) { /* a product of 512 factors of at most 2 cannot overflow */
+      for (int l = 0; l < LANES; ++l) result[l] += log(product[l]);
+      product = splat(1);
+    }
+  }
+  return result;
+}
+
+PM_ALWAYS_INLINE vmask log_partition_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+  prefix_all(k, plain, 0);
+  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
+  vreal above = splat(0), lost = splat(0), count = splat(0), normaliser = splat(0);
+  if (!plain) {
+    /* log Z = j0 lambda + sum of (r_i - lambda) over r_i > lambda + log normaliser + log total: the logits above the
+     * tilt are summed as they are (compensated, Neumaier 1974), so that nothing cancels against j0 lambda. */
+    for (int64_t i = 0; i < k->E; ++i) {
+      const vmask is_above = (vmask)((k->x[i] - k->pivot) - k->offset > splat(0));
+      const vreal r = select_(is_above, k->x[i], splat(0)), next = above + r;
+      const vmask dominant = (vmask)(max_(above, -above) >= max_(r, -r));
+      lost += select_(dominant, (above - next) + r, (r - next) + above);
+      above = next;
+      count += select_(is_above, splat(1), splat(0));
+    }
+    normaliser = log_normaliser(k);
+  }
+  for (int l = 0; l < LANES && l < rows; ++l) {
+    if (!safe[l]) continue;
+    double value = log(k->total[l]);
+    if (plain)
+      value += k->base_size[l] * k->lambda[l];
+    else
+      value = above[l] + ((k->base_size[l] - count[l]) * k->lambda[l] + (lost[l] + normaliser[l] + value));
+    write_(job->out, job->is_double, row + l, k->poison[l] ? (real)NAN : value);
+  }
+  return safe;
+}
+
+PM_ROW_KERNEL(log_partition, 1)
+
+/* P(|S| = j) of the block, into `top` (no longer needed for the pivot). */
+static void size_probabilities(block *k, const vreal *end) {
+  for (int j = k->a; j <= k->b; ++j) k->top[j - k->a] = k->sizes[j] * end[j] / k->total;
+}
+
+PM_ALWAYS_INLINE vmask cardinality_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+  const int64_t width = k->b - k->a + 1;
+  prefix_all(k, plain, 0);
+  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
+  size_probabilities(k, prefix_end(k, 0));
+  for (int64_t j = 0; j < width; ++j) k->top[j] = select_(k->poison, splat((real)NAN), k->top[j]);
+  store_rows(k->top, safe, row, rows, width, job->out, job->is_double);
+  return safe;
+}
+
+PM_ROW_KERNEL(cardinality, 1)
+
+/* sum_j g_j dP(j)/dr_i = w_i sum_j A_{i-1}[j] B_{i+1}[j+1] / Z with the sizes weighed by g_j - sum_j' g_j' P(j'). */
+PM_ALWAYS_INLINE vmask cardinality_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+  const int64_t width = k->b - k->a + 1;
+  const source grad = {job->vector, width, job->is_double};
+  prefix_all(k, plain, 0);
+  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
+  if (!any(safe)) return safe;
+  size_probabilities(k, prefix_end(k, 0));
+  vreal *g = k->adjoint + k->a, mean = splat(0);
+  load_rows(&grad, row, rows, width, g);
+  for (int64_t j = 0; j < width; ++j) mean = fma_(g[j], k->top[j], mean);
+  for (int64_t j = 0; j < width; ++j) g[j] = (g[j] - mean) * k->sizes[k->a + j];
+  for (int64_t j = 0; j < k->a; ++j) k->adjoint[j] = splat(0);
+  adjoint_all(k, plain, 0);
+  for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
+  store_rows(k->v, safe, row, rows, k->E, job->out, job->is_double);
+  return safe;
+}
+
+PM_ROW_KERNEL(cardinality_backward, 1)
+
+/* H = log Z - sum m_i r_i, rearranged with x_i = r_i - lambda so that no two large terms meet:
+ *   sum_i [log(1 + exp(-|x_i|)) + (x_i > 0 ? P(i not in S) x_i : -P(i in S) x_i)] + log total + lambda (j0 - E|S|). */
+static vmask entropy_normalised(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {
+  prefix_all(k, 0, 0);
+  const vreal *end = prefix_end(k, 0);
+  vreal drift = splat(0); /* j0 - E|S| */
+  for (int j = k->a; j <= k->b; ++j)
+    for (int l = 0; l < LANES; ++l) drift[l] += (k->base_size[l] - j) * (k->sizes[j][l] * end[j][l] / k->total[l]);
+  const vreal normaliser = log_normaliser(k);
+  vreal spread = splat(0);
+  vreal *B = k->adjoint;
+  memcpy(B, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
+  for (int64_t s = k->segments - 1; s >= 0; --s) {
+    const int64_t begin = s * k->segment, stop = s + 1 == k->segments ? k->E : begin + k->segment;
+    prefix_segment(k, s, 0, 0);
+    for (int64_t i = stop - 1; i >= begin; --i) {
+      const vreal *A = k->table + (i - begin) * (k->b + 1);
+      const vreal x = (k->x[i] - k->pivot) - k->offset;
+      vreal in = splat(0), out = A[k->b] * B[k->b];
+      for (int j = 0; j < k->b; ++j) {
+        in = fma_(A[j], B[j + 1], in);
+        out = fma_(A[j], B[j], out);
+        B[j] = fma_(k->w[i], B[j + 1], k->q[i] * B[j]);
+      }
+      B[k->b] *= k->q[i];
+      const vmask positive = (vmask)(x > splat(0));
+      const vreal share = select_(positive, k->q[i] * out, k->w[i] * in) / k->total, size = max_(x, -x);
+      spread += select_((vmask)(share > splat(0)), share * size, splat(0)); /* 0 (-inf) = 0 */
+    }
+  }
+  for (int l = 0; l < LANES && l < rows; ++l)
+    if (wanted[l]) {
+      const double value = spread[l] + normaliser[l] + log(k->total[l]) + k->lambda[l] * drift[l];
+      write_(job->out, job->is_double, row + l, k->poison[l] ? (real)NAN : value);
+    }
+  return wanted;
+}
+
+static pm_status entropy_rows(const pm_job *job) { return for_each_block(job, 1, NULL, entropy_normalised); }
+
+#endif
+#endif
