@@ -17,7 +17,7 @@ typedef struct pm_job {
   int is_double; /* the type of logits, vector and out; the kernel's own precision may be higher */
   int sample;    /* routing: draw, or take the mode */
   int normalize;
-  int marginal;  /* routing backward: through the marginals, or straight through */
+  int marginal; /* routing backward: through the marginals, or straight through */
 } pm_job;
 
 typedef pm_status (*pm_kernel)(const pm_job *job);

@@ -21,9 +21,9 @@
 /* What a draw is for: the fourth counter word. Odd purposes are the low words of the even ones before them, read in
  * double precision alone, so that both precisions see the same leading bits. */
 enum {
-  PM_DRAW_ITEM = 0,     /* which expert is taken next, t = 0, 1, ... from the last to the first */
+  PM_DRAW_ITEM = 0, /* which expert is taken next, t = 0, 1, ... from the last to the first */
   PM_DRAW_ITEM_LOW = 1,
-  PM_DRAW_SIZE = 2,     /* how many experts, t = 0 */
+  PM_DRAW_SIZE = 2, /* how many experts, t = 0 */
   PM_DRAW_SIZE_LOW = 3
 };
 

@@ -59,10 +59,10 @@ extern "C" {
 
 typedef enum pm_status {
   PM_OK = 0,
-  PM_NULL_POINTER = 1,     /* a required pointer is NULL */
-  PM_BAD_SHAPE = 2,        /* rows < 0, experts < 1 or > PM_MAX_EXPERTS, or stride < experts */
-  PM_BAD_CARDINALITY = 3,  /* not 0 <= k_min <= k_max <= experts */
-  PM_INFEASIBLE = 4        /* a row has fewer than k_min unmasked experts (pm_infeasible_row_* finds it) */
+  PM_NULL_POINTER = 1,    /* a required pointer is NULL */
+  PM_BAD_SHAPE = 2,       /* rows < 0, experts < 1 or > PM_MAX_EXPERTS, or stride < experts */
+  PM_BAD_CARDINALITY = 3, /* not 0 <= k_min <= k_max <= experts */
+  PM_INFEASIBLE = 4       /* a row has fewer than k_min unmasked experts (pm_infeasible_row_* finds it) */
 } pm_status;
 
 /* One sentence, for people. Never NULL. */
@@ -123,10 +123,8 @@ pm_status pm_subset_entropy_f32(const pm_shape *shape, const float *logits, floa
 pm_status pm_subset_entropy_f64(const pm_shape *shape, const double *logits, double *out, void *scratch);
 
 /* An exact draw of S.  out [T, k_max], ascending; slots past |S| hold E. */
-pm_status pm_subset_sample_f32(const pm_shape *shape, const float *logits, uint64_t seed, int64_t *out,
-                               void *scratch);
-pm_status pm_subset_sample_f64(const pm_shape *shape, const double *logits, uint64_t seed, int64_t *out,
-                               void *scratch);
+pm_status pm_subset_sample_f32(const pm_shape *shape, const float *logits, uint64_t seed, int64_t *out, void *scratch);
+pm_status pm_subset_sample_f64(const pm_shape *shape, const double *logits, uint64_t seed, int64_t *out, void *scratch);
 
 /* The most probable S: every r_i > 0, then the count clamped to the band along the descending order, ties to the
  * lower index.  out [T, k_max], by descending logit; slots past |S| hold E. */

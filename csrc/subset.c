@@ -23,7 +23,8 @@ size_t pm_scratch_size(int64_t experts, int64_t k_max) {
 
 pm_status pm_check(const pm_shape *shape, const void *logits, const void *out, const void *scratch) {
   if (!shape) return PM_NULL_POINTER;
-  if (shape->rows < 0 || shape->experts < 1 || shape->experts > PM_MAX_EXPERTS || shape->stride < shape->experts) return PM_BAD_SHAPE;
+  if (shape->rows < 0 || shape->experts < 1 || shape->experts > PM_MAX_EXPERTS || shape->stride < shape->experts)
+    return PM_BAD_SHAPE;
   if (shape->k_min < 0 || shape->k_min > shape->k_max || shape->k_max > shape->experts) return PM_BAD_CARDINALITY;
   if (shape->rows > 0 && (!logits || !scratch || !out)) return PM_NULL_POINTER;
   return PM_OK;
@@ -33,18 +34,18 @@ int pm_double_needed(const pm_shape *shape, int is_double) {
   return is_double || shape->experts > PM_SINGLE_MAX_EXPERTS || shape->k_max > PM_SINGLE_MAX_K;
 }
 
-#define PM_INFEASIBLE_ROW(suffix, type)                                                  \
-  int64_t pm_infeasible_row_##suffix(const pm_shape *shape, const type *logits) {        \
-    for (int64_t row = 0; row < shape->rows; ++row) {                                    \
-      int64_t unmasked = 0, poisoned = 0;                                                \
-      for (int64_t i = 0; i < shape->experts; ++i) {                                     \
-        const type x = logits[row * shape->stride + i];                                  \
-        unmasked += x > (type)-INFINITY;                                                 \
-        poisoned += !(x < (type)INFINITY);                                               \
-      }                                                                                  \
-      if (unmasked < shape->k_min && !poisoned) return row;                              \
-    }                                                                                    \
-    return -1;                                                                           \
+#define PM_INFEASIBLE_ROW(suffix, type)                                           \
+  int64_t pm_infeasible_row_##suffix(const pm_shape *shape, const type *logits) { \
+    for (int64_t row = 0; row < shape->rows; ++row) {                             \
+      int64_t unmasked = 0, poisoned = 0;                                         \
+      for (int64_t i = 0; i < shape->experts; ++i) {                              \
+        const type x = logits[row * shape->stride + i];                           \
+        unmasked += x > (type) - INFINITY;                                        \
+        poisoned += !(x < (type)INFINITY);                                        \
+      }                                                                           \
+      if (unmasked < shape->k_min && !poisoned) return row;                       \
+    }                                                                             \
+    return -1;                                                                    \
   }
 
 #include <math.h>
@@ -52,30 +53,31 @@ PM_INFEASIBLE_ROW(f32, float)
 PM_INFEASIBLE_ROW(f64, double)
 
 /* f(shape, logits[, vector], out, scratch) in both precisions. `precise` kernels always compute in double. */
-#define PM_RUN(kernel, type_is_double, precise, ...)                                                              \
-  const pm_status status = pm_check(shape, logits, out, scratch);                                                 \
-  if (status != PM_OK) return status;                                                                             \
-  const pm_job job = {.shape = *shape, .logits = logits, .scratch = scratch, .is_double = type_is_double, __VA_ARGS__}; \
+#define PM_RUN(kernel, type_is_double, precise, ...)                                                    \
+  const pm_status status = pm_check(shape, logits, out, scratch);                                       \
+  if (status != PM_OK) return status;                                                                   \
+  const pm_job job = {                                                                                  \
+      .shape = *shape, .logits = logits, .scratch = scratch, .is_double = type_is_double, __VA_ARGS__}; \
   return pm_kernels_in_use((precise) || pm_double_needed(shape, type_is_double))->kernel(&job)
 
-#define PM_UNARY(name, precise)                                                                                     \
-  pm_status pm_subset_##name##_f32(const pm_shape *shape, const float *logits, float *out, void *scratch) {         \
-    PM_RUN(name, 0, precise, .out = out);                                                                           \
-  }                                                                                                                 \
-  pm_status pm_subset_##name##_f64(const pm_shape *shape, const double *logits, double *out, void *scratch) {       \
-    PM_RUN(name, 1, precise, .out = out);                                                                           \
+#define PM_UNARY(name, precise)                                                                               \
+  pm_status pm_subset_##name##_f32(const pm_shape *shape, const float *logits, float *out, void *scratch) {   \
+    PM_RUN(name, 0, precise, .out = out);                                                                     \
+  }                                                                                                           \
+  pm_status pm_subset_##name##_f64(const pm_shape *shape, const double *logits, double *out, void *scratch) { \
+    PM_RUN(name, 1, precise, .out = out);                                                                     \
   }
 
-#define PM_BINARY(name, precise)                                                                                    \
-  pm_status pm_subset_##name##_f32(const pm_shape *shape, const float *logits, const float *vector, float *out,     \
-                                   void *scratch) {                                                                 \
-    if (shape && shape->rows > 0 && !vector) return PM_NULL_POINTER;                                                \
-    PM_RUN(name, 0, precise, .vector = vector, .out = out);                                                         \
-  }                                                                                                                 \
-  pm_status pm_subset_##name##_f64(const pm_shape *shape, const double *logits, const double *vector, double *out,  \
-                                   void *scratch) {                                                                 \
-    if (shape && shape->rows > 0 && !vector) return PM_NULL_POINTER;                                                \
-    PM_RUN(name, 1, precise, .vector = vector, .out = out);                                                         \
+#define PM_BINARY(name, precise)                                                                                   \
+  pm_status pm_subset_##name##_f32(const pm_shape *shape, const float *logits, const float *vector, float *out,    \
+                                   void *scratch) {                                                                \
+    if (shape && shape->rows > 0 && !vector) return PM_NULL_POINTER;                                               \
+    PM_RUN(name, 0, precise, .vector = vector, .out = out);                                                        \
+  }                                                                                                                \
+  pm_status pm_subset_##name##_f64(const pm_shape *shape, const double *logits, const double *vector, double *out, \
+                                   void *scratch) {                                                                \
+    if (shape && shape->rows > 0 && !vector) return PM_NULL_POINTER;                                               \
+    PM_RUN(name, 1, precise, .vector = vector, .out = out);                                                        \
   }
 
 PM_UNARY(log_partition, 1)
@@ -85,13 +87,13 @@ PM_UNARY(marginals, 0)
 PM_BINARY(cardinality_backward, 1)
 PM_BINARY(covariance_vp, 0)
 
-#define PM_SAMPLE(suffix, type, type_is_double)                                                                     \
-  pm_status pm_subset_sample_##suffix(const pm_shape *shape, const type *logits, uint64_t seed, int64_t *out,       \
-                                      void *scratch) {                                                              \
-    PM_RUN(sample, type_is_double, 0, .out_indices = out, .seed = seed);                                            \
-  }                                                                                                                 \
-  pm_status pm_subset_mode_##suffix(const pm_shape *shape, const type *logits, int64_t *out, void *scratch) {       \
-    PM_RUN(route, type_is_double, 0, .out_indices = out);                                                           \
+#define PM_SAMPLE(suffix, type, type_is_double)                                                               \
+  pm_status pm_subset_sample_##suffix(const pm_shape *shape, const type *logits, uint64_t seed, int64_t *out, \
+                                      void *scratch) {                                                        \
+    PM_RUN(sample, type_is_double, 0, .out_indices = out, .seed = seed);                                      \
+  }                                                                                                           \
+  pm_status pm_subset_mode_##suffix(const pm_shape *shape, const type *logits, int64_t *out, void *scratch) { \
+    PM_RUN(route, type_is_double, 0, .out_indices = out);                                                     \
   }
 
 PM_SAMPLE(f32, float, 0)

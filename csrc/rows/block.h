@@ -7,7 +7,8 @@
  * q_i = 1 - p_i. Every function below takes `plain` as a constant and is inlined, so that neither pays for the other.
  *
  * The prefix is kept for a segment of experts at a time, small enough for the cache; the rows before each segment are
- * its checkpoints, from which the way back recomputes it (one segment, when everything fits: then nothing is redone). */
+ * its checkpoints, from which the way back recomputes it (one segment, when everything fits: then nothing is redone).
+ */
 #ifndef PM_ROWS_BLOCK_H
 #define PM_ROWS_BLOCK_H
 
@@ -35,13 +36,13 @@ typedef struct block {
   vreal *table;       /* [segment + 1][width (b + 1)]: the state before each expert, and after the last */
   int64_t segment;    /* experts in a segment */
   int64_t segments;
-  vreal total;        /* Z of the tilted, weighted factors */
-  vreal inverse_total; /* its inverse; NaN for a poisoned row, which so answers NaN */
-  vreal largest;      /* max of the logits, 0 where all are masked */
-  vreal sum;          /* sum of exp(x - largest) */
-  vmask poison;       /* rows with a NaN, a +inf, or too few unmasked experts: computed as zeros, answered with NaN */
-  vmask infeasible;   /* rows with too few unmasked experts */
-  vreal pivot, offset; /* normalised blocks: lambda = pivot + offset */
+  vreal total;          /* Z of the tilted, weighted factors */
+  vreal inverse_total;  /* its inverse; NaN for a poisoned row, which so answers NaN */
+  vreal largest;        /* max of the logits, 0 where all are masked */
+  vreal sum;            /* sum of exp(x - largest) */
+  vmask poison;         /* rows with a NaN, a +inf, or too few unmasked experts: computed as zeros, answered with NaN */
+  vmask infeasible;     /* rows with too few unmasked experts */
+  vreal pivot, offset;  /* normalised blocks: lambda = pivot + offset */
   double lambda[LANES]; /* the tilt */
   int base_size[LANES]; /* j0 */
 } block;
@@ -86,7 +87,8 @@ static void block_begin(block *k, const pm_job *job, int width) {
 
 /* One expert: to = from times (q + w X), cut after X^b. With a tangent (v the logit's), the tangent's factor is
  * w v X, the normaliser q being a constant of the tilt. to == from is allowed. */
-PM_ALWAYS_INLINE void prefix_step(const vreal *from, vreal *to, vreal w, vreal q, vreal v, int b, int plain, int tangent) {
+PM_ALWAYS_INLINE void prefix_step(const vreal *from, vreal *to, vreal w, vreal q, vreal v, int b, int plain,
+                                  int tangent) {
   const vreal *dfrom = from + b + 1;
   vreal *dto = to + b + 1;
   for (int j = b; j > 0; --j) {
@@ -102,8 +104,8 @@ PM_ALWAYS_INLINE void prefix_step(const vreal *from, vreal *to, vreal w, vreal q
 
 /* `size` constant: the running state stays in registers and the table is only written. */
 #define PM_UNROLLED_SIZE 8
-PM_ALWAYS_INLINE void prefix_range(const block *k, vreal *state, vreal *table, int64_t begin, int64_t end, int size, int plain,
-                                   int tangent) {
+PM_ALWAYS_INLINE void prefix_range(const block *k, vreal *state, vreal *table, int64_t begin, int64_t end, int size,
+                                   int plain, int tangent) {
   const int cells = (size + 1) * (tangent ? 2 : 1);
   if (size <= PM_UNROLLED_SIZE) {
     vreal A[2 * (PM_UNROLLED_SIZE + 1)];
@@ -140,7 +142,8 @@ PM_ALWAYS_INLINE void prefix_range(const block *k, vreal *state, vreal *table, i
   }
   memcpy(table, state, (size_t)cells * sizeof(vreal));
   for (int64_t i = begin; i < end; ++i, table += cells)
-    prefix_step(table, table + cells, k->w[i], plain ? k->w[i] : k->q[i], tangent ? k->v[i] : k->w[i], size, plain, tangent);
+    prefix_step(table, table + cells, k->w[i], plain ? k->w[i] : k->q[i], tangent ? k->v[i] : k->w[i], size, plain,
+                tangent);
 }
 
 /* One compiled copy of `range` for each form, with and without tangents, whoever calls it. */
@@ -150,20 +153,22 @@ PM_ALWAYS_INLINE void prefix_range(const block *k, vreal *state, vreal *table, i
   static __attribute__((noinline)) void name##_normalised parameters { range(__VA_ARGS__, 0, 0) }    \
   static __attribute__((noinline)) void name##_normalised_tangent parameters { range(__VA_ARGS__, 0, 1) }
 
-#define PM_FORM(name, plain, tangent) \
-  ((plain) ? ((tangent) ? name##_plain_tangent : name##_plain) : ((tangent) ? name##_normalised_tangent : name##_normalised))
+#define PM_FORM(name, plain, tangent)                          \
+  ((plain) ? ((tangent) ? name##_plain_tangent : name##_plain) \
+           : ((tangent) ? name##_normalised_tangent : name##_normalised))
 
-#define PM_PREFIX(k, state, table, begin, end, plain, tangent)                          \
-  switch ((k)->b) {                                                                     \
-    case 1: prefix_range(k, state, table, begin, end, 1, plain, tangent); break;        \
-    case 2: prefix_range(k, state, table, begin, end, 2, plain, tangent); break;        \
-    case 4: prefix_range(k, state, table, begin, end, 4, plain, tangent); break;        \
-    case 6: prefix_range(k, state, table, begin, end, 6, plain, tangent); break;        \
-    case 8: prefix_range(k, state, table, begin, end, 8, plain, tangent); break;        \
+#define PM_PREFIX(k, state, table, begin, end, plain, tangent)                         \
+  switch ((k)->b) {                                                                    \
+    case 1: prefix_range(k, state, table, begin, end, 1, plain, tangent); break;       \
+    case 2: prefix_range(k, state, table, begin, end, 2, plain, tangent); break;       \
+    case 4: prefix_range(k, state, table, begin, end, 4, plain, tangent); break;       \
+    case 6: prefix_range(k, state, table, begin, end, 6, plain, tangent); break;       \
+    case 8: prefix_range(k, state, table, begin, end, 8, plain, tangent); break;       \
     default: prefix_range(k, state, table, begin, end, (k)->b, plain, tangent); break; \
   }
 
-PM_FOUR_FORMS(prefix, PM_PREFIX, (const block *k, vreal *state, vreal *table, int64_t begin, int64_t end), k, state, table, begin, end)
+PM_FOUR_FORMS(prefix, PM_PREFIX, (const block *k, vreal *state, vreal *table, int64_t begin, int64_t end), k, state,
+              table, begin, end)
 
 /* All checkpoints, then the last segment's table; sets `total`. */
 PM_ALWAYS_INLINE void prefix_all(block *k, int plain, int tangent) {

@@ -51,7 +51,8 @@ static void write_weights(const block *k, const pm_job *job, int64_t row, int la
   }
 }
 
-PM_ALWAYS_INLINE vmask route_sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+PM_ALWAYS_INLINE vmask route_sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                         int plain) {
   const vmask safe = sample_body(job, k, row, rows, wanted, plain);
   for (int l = 0; l < LANES && l < rows; ++l)
     if (safe[l]) write_weights(k, job, row, l);
@@ -120,7 +121,8 @@ static void upstream(block *k, const pm_job *job, int64_t row, int64_t rows) {
   }
 }
 
-PM_ALWAYS_INLINE vmask route_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+PM_ALWAYS_INLINE vmask route_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                           int plain) {
   const int64_t E = k->E;
   upstream(k, job, row, rows);
   vreal total = splat(0);

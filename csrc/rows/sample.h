@@ -1,8 +1,8 @@
 /* Drawing a subset from the prefix table.
  *
- * A_i[j] is the (tilted) mass of the j-subsets of experts 1..i, that is, of those whose last member is at most i. So with
- * j members still to choose among experts 1..n, the last one is the smallest i with A_i[j] > u A_n[j]: inversion, one
- * uniform a member, by bisection, since A_i[j] does not decrease in i. In the normalised form A_i[j] carries the
+ * A_i[j] is the (tilted) mass of the j-subsets of experts 1..i, that is, of those whose last member is at most i. So
+ * with j members still to choose among experts 1..n, the last one is the smallest i with A_i[j] > u A_n[j]: inversion,
+ * one uniform a member, by bisection, since A_i[j] does not decrease in i. In the normalised form A_i[j] carries the
  * product of (1 - p_1) .. (1 - p_i), and the same inversion is done by steps: expert i is passed over while
  * U < q_i A_{i-1}[j], with U divided by q_i each time. */
 #ifndef PM_ROWS_SAMPLE_H
@@ -27,7 +27,7 @@ static void uniforms(uint64_t seed, uint64_t row, int count, uint32_t purpose, v
   for (int first = 0; first < count; first += 4) {
     uint32_t words[PM_REAL_BITS / 32][4][LANES];
     for (int part = 0; part < PM_REAL_BITS / 32; ++part) {
-      uint32_t(*c)[LANES] = words[part];
+      uint32_t (*c)[LANES] = words[part];
       for (int l = 0; l < LANES; ++l) {
         c[0][l] = (uint32_t)first / 4;
         c[1][l] = (uint32_t)(row + (uint64_t)l);
@@ -82,10 +82,10 @@ PM_ALWAYS_INLINE int draw_size(const block *k, const vreal *end, int lane, uint6
 
 /* The lane's members among the experts of one segment, last first, into choice[left - 1]. `table` holds the states
  * before expert `begin` and after each one; `u` the uniforms, one a member. */
-PM_ALWAYS_INLINE void choose(const block *k, const vreal *table, int64_t begin, int lane, walk *at, const vreal *u, int64_t *choice,
-                             int plain) {
+PM_ALWAYS_INLINE void choose(const block *k, const vreal *table, int64_t begin, int lane, walk *at, const vreal *u,
+                             int64_t *choice, int plain) {
   const int64_t cells = k->b + 1;
-#define PM_MASS(i, j) table[((i)-begin) * cells + (j)][lane] /* A_i[j], i experts passed */
+#define PM_MASS(i, j) table[((i) - begin) * cells + (j)][lane] /* A_i[j], i experts passed */
   while (at->left > 0) {
     const int j = at->left;
     int64_t i;

@@ -57,9 +57,13 @@ PM_ALWAYS_INLINE vreal fma_(vreal a, vreal b, vreal c) { return PM_FMA(pd)(a, b,
 PM_ALWAYS_INLINE vreal max_(vreal a, vreal b) { return PM_MAX(pd)(a, b); }
 PM_ALWAYS_INLINE vreal min_(vreal a, vreal b) { return PM_MIN(pd)(a, b); }
 #elif defined(__aarch64__) && PM_REAL_BITS == 32
-PM_ALWAYS_INLINE vreal fma_(vreal a, vreal b, vreal c) { return (vreal)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+PM_ALWAYS_INLINE vreal fma_(vreal a, vreal b, vreal c) {
+  return (vreal)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 #elif defined(__aarch64__)
-PM_ALWAYS_INLINE vreal fma_(vreal a, vreal b, vreal c) { return (vreal)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+PM_ALWAYS_INLINE vreal fma_(vreal a, vreal b, vreal c) {
+  return (vreal)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
 #else
 PM_ALWAYS_INLINE vreal fma_(vreal a, vreal b, vreal c) { return a * b + c; }
 #endif
@@ -89,7 +93,8 @@ PM_ALWAYS_INLINE vreal exp_(vreal x) {
 #if PM_REAL_BITS == 32
   const real lowest = -87.33654f, round = 0x1.8p23f, log2_high = 0x1.62e4p-1f, log2_low = 0x1.7f7d1cp-20f;
 #else
-  const real lowest = -708.3964185322641, round = 0x1.8p52, log2_high = 0x1.62e42fefa38p-1, log2_low = 0x1.ef35793c7673p-45;
+  const real lowest = -708.3964185322641, round = 0x1.8p52, log2_high = 0x1.62e42fefa38p-1,
+             log2_low = 0x1.ef35793c7673p-45;
 #endif
   const vmask vanishes = (vmask)(x < lowest);
   const vreal shifted = fma_(x, splat((real)0x1.71547652b82fep0), splat(round));
@@ -171,24 +176,23 @@ PM_ALWAYS_INLINE void write_(void *out, int is_double, int64_t at, real value) {
 #endif
 
 #if !defined(PM_NO_SHUFFLE)
-#define PM_EXCHANGE(d)                                                          \
-  for (int i = 0; i < LANES; ++i)                                               \
-    if (!(i & (d))) {                                                           \
-      const vreal a = x[i], b = x[i + (d)];                                     \
-      x[i] = __builtin_shufflevector(a, b, PM_LOW_##d);                         \
-      x[i + (d)] = __builtin_shufflevector(a, b, PM_HIGH_##d);                  \
+#define PM_EXCHANGE(d)                                         \
+  for (int i = 0; i < LANES; ++i)                              \
+    if (!(i & (d))) {                                          \
+      const vreal a = x[i], b = x[i + (d)];                    \
+      x[i] = __builtin_shufflevector(a, b, PM_LOW_##d);        \
+      x[i + (d)] = __builtin_shufflevector(a, b, PM_HIGH_##d); \
     }
 
-PM_ALWAYS_INLINE void transpose(vreal x[LANES]) {
-  PM_EXCHANGE(1)
+PM_ALWAYS_INLINE void transpose(vreal x[LANES]){PM_EXCHANGE(1)
 #if PM_STEPS > 1
-  PM_EXCHANGE(2)
+                                                    PM_EXCHANGE(2)
 #endif
 #if PM_STEPS > 2
-  PM_EXCHANGE(4)
+                                                        PM_EXCHANGE(4)
 #endif
 #if PM_STEPS > 3
-  PM_EXCHANGE(8)
+                                                            PM_EXCHANGE(8)
 #endif
 }
 #endif
@@ -204,7 +208,8 @@ static void load_rows(const source *in, int64_t row, int64_t rows, int64_t E, vr
 #if !defined(PM_NO_SHUFFLE)
   if (in->is_double == (PM_REAL_BITS == 64)) {
     const real *from[LANES];
-    for (int l = 0; l < LANES; ++l) from[l] = (const real *)in->data + (l < rows ? row + l : row + rows - 1) * in->stride;
+    for (int l = 0; l < LANES; ++l)
+      from[l] = (const real *)in->data + (l < rows ? row + l : row + rows - 1) * in->stride;
     for (; i + LANES <= E; i += LANES) {
       vreal tile[LANES];
       for (int l = 0; l < LANES; ++l) tile[l] = load_unaligned(from[l] + i);

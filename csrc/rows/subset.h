@@ -8,8 +8,8 @@
  *   value:    w_i sum_j A_{i-1}[j] B_{i+1}[j+1]                                         (marginals)
  *   tangent:  w_i sum_j A_{i-1}[j] (dB_{i+1}[j+1] + v_i B_{i+1}[j+1]) + dA_{i-1}[j] B_{i+1}[j+1]   (covariance)
  * `adjoint` holds B_{E+1}, and with a tangent dB_{E+1}, on entry. */
-PM_ALWAYS_INLINE void adjoint_range(const block *k, vreal *adjoint, const vreal *table, int64_t begin, int64_t end, int size,
-                                    int plain, int tangent) {
+PM_ALWAYS_INLINE void adjoint_range(const block *k, vreal *adjoint, const vreal *table, int64_t begin, int64_t end,
+                                    int size, int plain, int tangent) {
   const int cells = (size + 1) * (tangent ? 2 : 1);
   vreal local[2 * (PM_UNROLLED_SIZE + 1)];
   vreal *B = size <= PM_UNROLLED_SIZE ? local : adjoint;
@@ -46,13 +46,13 @@ PM_ALWAYS_INLINE void adjoint_range(const block *k, vreal *adjoint, const vreal 
   }
 }
 
-#define PM_ADJOINT(k, begin, end, plain, tangent)                                                    \
-  switch ((k)->b) {                                                                                  \
-    case 1: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 1, plain, tangent); break;        \
-    case 2: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 2, plain, tangent); break;        \
-    case 4: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 4, plain, tangent); break;        \
-    case 6: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 6, plain, tangent); break;        \
-    case 8: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 8, plain, tangent); break;        \
+#define PM_ADJOINT(k, begin, end, plain, tangent)                                                   \
+  switch ((k)->b) {                                                                                 \
+    case 1: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 1, plain, tangent); break;       \
+    case 2: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 2, plain, tangent); break;       \
+    case 4: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 4, plain, tangent); break;       \
+    case 6: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 6, plain, tangent); break;       \
+    case 8: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 8, plain, tangent); break;       \
     default: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, (k)->b, plain, tangent); break; \
   }
 
@@ -112,7 +112,8 @@ PM_ALWAYS_INLINE vmask covariance_in_place(block *k, vmask wanted, int plain) {
   return safe;
 }
 
-PM_ALWAYS_INLINE vmask covariance_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+PM_ALWAYS_INLINE vmask covariance_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                       int plain) {
   const source v = {job->vector, k->E, job->is_double};
   load_rows(&v, row, rows, k->E, k->v);
   const vmask safe = covariance_in_place(k, wanted, plain);
@@ -141,7 +142,8 @@ static vreal log_normaliser(const block *k) {
   return result;
 }
 
-PM_ALWAYS_INLINE vmask log_partition_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+PM_ALWAYS_INLINE vmask log_partition_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                          int plain) {
   prefix_all(k, plain, 0);
   const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
   vreal above = splat(0), lost = splat(0), count = splat(0), normaliser = splat(0);
@@ -177,7 +179,8 @@ static void size_probabilities(block *k, const vreal *end) {
   for (int j = k->a; j <= k->b; ++j) k->top[j - k->a] = k->sizes[j] * end[j] / k->total;
 }
 
-PM_ALWAYS_INLINE vmask cardinality_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+PM_ALWAYS_INLINE vmask cardinality_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                        int plain) {
   const int64_t width = k->b - k->a + 1;
   prefix_all(k, plain, 0);
   const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
@@ -190,7 +193,8 @@ PM_ALWAYS_INLINE vmask cardinality_body(const pm_job *job, block *k, int64_t row
 PM_ROW_KERNEL(cardinality, 1)
 
 /* sum_j g_j dP(j)/dr_i = w_i sum_j A_{i-1}[j] B_{i+1}[j+1] / Z with the sizes weighed by g_j - sum_j' g_j' P(j'). */
-PM_ALWAYS_INLINE vmask cardinality_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+PM_ALWAYS_INLINE vmask cardinality_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                                 int plain) {
   const int64_t width = k->b - k->a + 1;
   const source grad = {job->vector, width, job->is_double};
   prefix_all(k, plain, 0);

@@ -8,8 +8,8 @@
  *   E k_max exp(k_max) times the smallest normal number, and `plain_is_safe` asks that this be negligible beside Z
  *   even for a marginal of 1e-12. Logits of ordinary spread pass; peaked ones do not.
  *
- * Normalised. Factors (1 - p_i) + p_i X with p_i = sigmoid(r_i - lambda) and lambda solving sum p = kappa to within 1/2:
- *   then P(N = kappa) is of order 1 / sqrt(kappa) and nothing can leave the range, whatever the logits. The unknown
+ * Normalised. Factors (1 - p_i) + p_i X with p_i = sigmoid(r_i - lambda) and lambda solving sum p = kappa to within
+ * 1/2: then P(N = kappa) is of order 1 / sqrt(kappa) and nothing can leave the range, whatever the logits. The unknown
  *   is measured from the pivot r_(kappa), the kappa-th largest logit: differences to nearby logits are then exact, and
  *   the root lies in [-log(2 kappa), log E] (there the experts above the pivot count at least kappa - 1/2, and the ones
  *   from the pivot down less than one): a few safeguarded Newton steps reach it from any input.
@@ -101,7 +101,8 @@ static void tilt_plain(block *k) {
 
 /* The rows for which the plain form has lost nothing, once `total` is known. */
 static vmask plain_is_safe(const block *k) {
-  const double negligible = PM_REAL_BITS == 32 ? 1e17 : 1e27; /* 1 / (smallest promised marginal x its rounding error) */
+  const double negligible =
+      PM_REAL_BITS == 32 ? 1e17 : 1e27; /* 1 / (smallest promised marginal x its rounding error) */
   const double least = (double)k->E * (k->b > 0 ? k->b : 1) * exp((double)k->b) * (double)PM_REAL_TINY * negligible;
   return (vmask)(k->total >= splat((real)least));
 }
@@ -212,7 +213,8 @@ static void tilt_normalised(block *k) {
  * answered from its own numbers alone. */
 typedef vmask (*block_body)(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted);
 
-PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, block_body plain_body, block_body normalised_body) {
+PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, block_body plain_body,
+                                          block_body normalised_body) {
   block k;
   block_begin(&k, job, width);
   vmask infeasible = {0};
@@ -235,13 +237,15 @@ PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, block_bo
 }
 
 /* name_rows(job) from name_body(job, block, row, rows, wanted, plain). */
-#define PM_ROW_KERNEL(name, width)                                                                                  \
-  static vmask name##_plain(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {                 \
-    return name##_body(job, k, row, rows, wanted, 1);                                                               \
-  }                                                                                                                 \
-  static vmask name##_normalised(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {            \
-    return name##_body(job, k, row, rows, wanted, 0);                                                               \
-  }                                                                                                                 \
-  static pm_status name##_rows(const pm_job *job) { return for_each_block(job, width, name##_plain, name##_normalised); }
+#define PM_ROW_KERNEL(name, width)                                                                       \
+  static vmask name##_plain(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {      \
+    return name##_body(job, k, row, rows, wanted, 1);                                                    \
+  }                                                                                                      \
+  static vmask name##_normalised(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) { \
+    return name##_body(job, k, row, rows, wanted, 0);                                                    \
+  }                                                                                                      \
+  static pm_status name##_rows(const pm_job *job) {                                                      \
+    return for_each_block(job, width, name##_plain, name##_normalised);                                  \
+  }
 
 #endif

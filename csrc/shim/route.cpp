@@ -4,17 +4,17 @@
 namespace probmoe {
 namespace {
 
-std::tuple<Tensor, Tensor> route(const char* op, const Tensor& tensor, uint64_t seed, int64_t k_min, int64_t k_max, pm_forward forward,
-                                 bool normalize) {
+std::tuple<Tensor, Tensor> route(const char *op, const Tensor &tensor, uint64_t seed, int64_t k_min, int64_t k_max,
+                                 pm_forward forward, bool normalize) {
   const Rows logits(op, "logits", tensor);
   Tensor weights = logits.like(std::max<int64_t>(k_max, 0)), indices = logits.indices(std::max<int64_t>(k_max, 0));
   if (k_max != 0)
     dispatch(logits, [&](auto type) {
       using T = decltype(type);
-      T* to = static_cast<T*>(weights.mutable_data_ptr());
-      int64_t* at = static_cast<int64_t*>(indices.mutable_data_ptr());
-      for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape& part, int64_t row, void* scratch) {
-        const T* from = logits.data<T>() + row * logits.stride;
+      T *to = static_cast<T *>(weights.mutable_data_ptr());
+      int64_t *at = static_cast<int64_t *>(indices.mutable_data_ptr());
+      for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape &part, int64_t row, void *scratch) {
+        const T *from = logits.data<T>() + row * logits.stride;
         if constexpr (sizeof(T) == 8)
           return pm_route_f64(&part, from, forward, normalize, seed, to + row * k_max, at + row * k_max, scratch);
         else
@@ -24,8 +24,9 @@ std::tuple<Tensor, Tensor> route(const char* op, const Tensor& tensor, uint64_t 
   return {logits.finish(weights), indices};
 }
 
-std::tuple<Tensor, Tensor> route_probmoe(Tensor logits, std::optional<Tensor> seed, int64_t k_min, int64_t k_max, bool sample,
-                                         bool normalize, bool /* marginal: read by the backward pass alone */) {
+std::tuple<Tensor, Tensor> route_probmoe(Tensor logits, std::optional<Tensor> seed, int64_t k_min, int64_t k_max,
+                                         bool sample, bool normalize,
+                                         bool /* marginal: read by the backward pass alone */) {
   const uint64_t bits = sample ? read_seed("route_probmoe", seed) : 0;
   return route("route_probmoe", logits, bits, k_min, k_max, sample ? PM_FORWARD_SAMPLE : PM_FORWARD_MODE, normalize);
 }
@@ -34,9 +35,9 @@ std::tuple<Tensor, Tensor> route_top_k(Tensor logits, int64_t k, bool normalize)
   return route("route_top_k", logits, 0, k, k, PM_FORWARD_MODE, normalize);
 }
 
-Tensor route_probmoe_backward(Tensor grad_weights, Tensor tensor, Tensor indices, int64_t k_min, int64_t k_max, bool normalize,
-                              bool marginal) {
-  const char* op = "route_probmoe_backward";
+Tensor route_probmoe_backward(Tensor grad_weights, Tensor tensor, Tensor indices, int64_t k_min, int64_t k_max,
+                              bool normalize, bool marginal) {
+  const char *op = "route_probmoe_backward";
   const Rows logits(op, "logits", tensor);
   const Tensor grad = companion(op, "grad_weights", logits, grad_weights, k_max);
   if (!logits.same_sizes(indices, k_max) || indices.scalar_type() != ScalarType::Long)
@@ -45,12 +46,12 @@ Tensor route_probmoe_backward(Tensor grad_weights, Tensor tensor, Tensor indices
   Tensor out = logits.like(logits.columns);
   dispatch(logits, [&](auto type) {
     using T = decltype(type);
-    const T* upstream = static_cast<const T*>(grad.const_data_ptr());
-    const int64_t* at = static_cast<const int64_t*>(chosen.const_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
+    const T *upstream = static_cast<const T *>(grad.const_data_ptr());
+    const int64_t *at = static_cast<const int64_t *>(chosen.const_data_ptr());
+    T *to = static_cast<T *>(out.mutable_data_ptr());
     const pm_backward backward = marginal ? PM_BACKWARD_MARGINAL : PM_BACKWARD_STRAIGHT_THROUGH;
-    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape& part, int64_t row, void* scratch) {
-      const T* from = logits.data<T>() + row * logits.stride;
+    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape &part, int64_t row, void *scratch) {
+      const T *from = logits.data<T>() + row * logits.stride;
       if constexpr (sizeof(T) == 8)
         return pm_route_backward_f64(&part, from, at + row * k_max, upstream + row * k_max, backward, normalize,
                                      to + row * logits.columns, scratch);

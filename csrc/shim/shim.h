@@ -26,7 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
+[[noreturn]] void fail(const Parts &...parts) {
   std::ostringstream text;
   (text << ... << parts);
   throw std::runtime_error(text.str());
@@ -37,7 +37,7 @@ inline bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || ty
 // A floating tensor as dense rows in float32 or float64; bfloat16 and float16 go through float32.
 class Rows {
  public:
-  Rows(const char* op, const char* name, const Tensor& tensor) : original_type_(tensor.scalar_type()), tensor_(tensor) {
+  Rows(const char *op, const char *name, const Tensor &tensor) : original_type_(tensor.scalar_type()), tensor_(tensor) {
     const ScalarType type = original_type_;
     if (type != ScalarType::Float && type != ScalarType::Double && !is_half(type))
       fail("probmoe_ext::", op, ": ", name, " must be float32, float64, bfloat16 or float16");
@@ -58,15 +58,19 @@ class Rows {
 
   bool is_double() const { return tensor_.scalar_type() == ScalarType::Double; }
   template <class T>
-  const T* data() const { return static_cast<const T*>(tensor_.const_data_ptr()); }
+  const T *data() const {
+    return static_cast<const T *>(tensor_.const_data_ptr());
+  }
 
   // The same rows with `width` columns (none: a scalar a row), uninitialised, in the type of computation.
   Tensor like(std::optional<int64_t> width) const { return make(width, tensor_.scalar_type()); }
   Tensor indices(int64_t width) const { return make(width, ScalarType::Long); }
   // ... and back in the caller's type.
-  Tensor finish(const Tensor& result) const { return is_half(original_type_) ? torch::stable::to(result, original_type_) : result; }
+  Tensor finish(const Tensor &result) const {
+    return is_half(original_type_) ? torch::stable::to(result, original_type_) : result;
+  }
 
-  bool same_sizes(const Tensor& other, int64_t width) const {
+  bool same_sizes(const Tensor &other, int64_t width) const {
     if (other.dim() != static_cast<int64_t>(sizes_.size()) || other.size(other.dim() - 1) != width) return false;
     return std::equal(sizes_.begin(), sizes_.end() - 1, other.sizes().begin());
   }
@@ -86,23 +90,24 @@ class Rows {
 };
 
 // A second input with the rows of the first and `width` dense columns, cast to its type of computation.
-inline Tensor companion(const char* op, const char* name, const Rows& rows, const Tensor& tensor, int64_t width) {
-  if (!rows.same_sizes(tensor, width)) fail("probmoe_ext::", op, ": ", name, " must have the shape of logits, with last dimension ", width);
+inline Tensor companion(const char *op, const char *name, const Rows &rows, const Tensor &tensor, int64_t width) {
+  if (!rows.same_sizes(tensor, width))
+    fail("probmoe_ext::", op, ": ", name, " must have the shape of logits, with last dimension ", width);
   const ScalarType type = rows.is_double() ? ScalarType::Double : ScalarType::Float;
   const Tensor cast = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
   return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
 }
 
-inline uint64_t read_seed(const char* op, const std::optional<Tensor>& seed) {
+inline uint64_t read_seed(const char *op, const std::optional<Tensor> &seed) {
   if (!seed || seed->scalar_type() != ScalarType::Long || seed->numel() != 1 || !seed->is_cpu())
     fail("probmoe_ext::", op, ": seed must be an int64 tensor of one element on the CPU");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  return static_cast<uint64_t>(*static_cast<const int64_t *>(seed->const_data_ptr()));
 }
 
 // Scratch of the calling thread, kept between calls unless it is large.
 class Scratch {
  public:
-  void* reserve(size_t bytes) {
+  void *reserve(size_t bytes) {
     if (bytes > size_) {
       size_ = 0;
       memory_.reset(std::malloc(bytes));
@@ -116,13 +121,13 @@ class Scratch {
 
  private:
   struct Free {
-    void operator()(void* p) const { std::free(p); }
+    void operator()(void *p) const { std::free(p); }
   };
   std::unique_ptr<void, Free> memory_;
   size_t size_ = 0;
 };
 
-inline Scratch& thread_scratch() {
+inline Scratch &thread_scratch() {
   static thread_local Scratch scratch;
   return scratch;
 }
@@ -130,11 +135,13 @@ inline Scratch& thread_scratch() {
 // Runs call(shape of a range, its first row, scratch) over torch's threads. A callback never throws: the first status
 // that is not PM_OK is kept, and raised after the loop.
 template <class T, class Call>
-void for_rows(const char* op, const Rows& logits, int64_t k_min, int64_t k_max, const Call& call) {
+void for_rows(const char *op, const Rows &logits, int64_t k_min, int64_t k_max, const Call &call) {
   pm_shape whole{logits.rows, logits.columns, k_min, k_max, logits.stride, 0};
-  if (logits.columns < 1 || logits.columns > PM_MAX_EXPERTS) fail("probmoe_ext::", op, ": logits must have 1 to ", PM_MAX_EXPERTS, " experts, not ", logits.columns);
+  if (logits.columns < 1 || logits.columns > PM_MAX_EXPERTS)
+    fail("probmoe_ext::", op, ": logits must have 1 to ", PM_MAX_EXPERTS, " experts, not ", logits.columns);
   if (k_min < 0 || k_min > k_max || k_max > logits.columns)
-    fail("probmoe_ext::", op, ": need 0 <= k_min <= k_max <= ", logits.columns, " experts, not k_min = ", k_min, ", k_max = ", k_max);
+    fail("probmoe_ext::", op, ": need 0 <= k_min <= k_max <= ", logits.columns, " experts, not k_min = ", k_min,
+         ", k_max = ", k_max);
   if (logits.rows == 0) return;
   const size_t bytes = pm_scratch_size(logits.columns, k_max);
   // About 20 microseconds of work a task, in whole vectors of rows.
@@ -142,7 +149,7 @@ void for_rows(const char* op, const Rows& logits, int64_t k_min, int64_t k_max, 
   std::atomic<int> first_bad{PM_OK};
   std::atomic<bool> out_of_memory{false};
   const auto range = [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch().reserve(bytes);
+    void *scratch = thread_scratch().reserve(bytes);
     if (!scratch) {
       out_of_memory = true;
       return;
@@ -173,7 +180,7 @@ void for_rows(const char* op, const Rows& logits, int64_t k_min, int64_t k_max, 
 
 // fn(type tag) for the type of computation.
 template <class F>
-void dispatch(const Rows& logits, const F& fn) {
+void dispatch(const Rows &logits, const F &fn) {
   if (logits.is_double())
     fn(double{});
   else

@@ -6,14 +6,15 @@ namespace {
 
 // A scalar (no width) or a row of `width` for each row of logits.
 template <class F32, class F64>
-Tensor unary(const char* op, const Tensor& tensor, int64_t k_min, int64_t k_max, std::optional<int64_t> width, F32 f32, F64 f64) {
+Tensor unary(const char *op, const Tensor &tensor, int64_t k_min, int64_t k_max, std::optional<int64_t> width, F32 f32,
+             F64 f64) {
   const Rows logits(op, "logits", tensor);
   Tensor out = logits.like(width);
   dispatch(logits, [&](auto type) {
     using T = decltype(type);
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape& part, int64_t row, void* scratch) {
-      const T* from = logits.data<T>() + row * logits.stride;
+    T *to = static_cast<T *>(out.mutable_data_ptr());
+    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape &part, int64_t row, void *scratch) {
+      const T *from = logits.data<T>() + row * logits.stride;
       if constexpr (sizeof(T) == 8)
         return f64(&part, from, to + row * width.value_or(1), scratch);
       else
@@ -25,17 +26,17 @@ Tensor unary(const char* op, const Tensor& tensor, int64_t k_min, int64_t k_max,
 
 // One row of logits and one of `other` (of `width`) to a row of E.
 template <class F32, class F64>
-Tensor binary(const char* op, const char* name, const Tensor& tensor, const Tensor& other, int64_t k_min, int64_t k_max, int64_t width,
-              F32 f32, F64 f64) {
+Tensor binary(const char *op, const char *name, const Tensor &tensor, const Tensor &other, int64_t k_min, int64_t k_max,
+              int64_t width, F32 f32, F64 f64) {
   const Rows logits(op, "logits", tensor);
   const Tensor vector = companion(op, name, logits, other, width);
   Tensor out = logits.like(logits.columns);
   dispatch(logits, [&](auto type) {
     using T = decltype(type);
-    const T* with = static_cast<const T*>(vector.const_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape& part, int64_t row, void* scratch) {
-      const T* from = logits.data<T>() + row * logits.stride;
+    const T *with = static_cast<const T *>(vector.const_data_ptr());
+    T *to = static_cast<T *>(out.mutable_data_ptr());
+    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape &part, int64_t row, void *scratch) {
+      const T *from = logits.data<T>() + row * logits.stride;
       if constexpr (sizeof(T) == 8)
         return f64(&part, from, with + row * width, to + row * logits.columns, scratch);
       else
@@ -46,7 +47,8 @@ Tensor binary(const char* op, const char* name, const Tensor& tensor, const Tens
 }
 
 Tensor log_partition(Tensor logits, int64_t k_min, int64_t k_max) {
-  return unary("subset_log_partition", logits, k_min, k_max, std::nullopt, pm_subset_log_partition_f32, pm_subset_log_partition_f64);
+  return unary("subset_log_partition", logits, k_min, k_max, std::nullopt, pm_subset_log_partition_f32,
+               pm_subset_log_partition_f64);
 }
 
 Tensor entropy(Tensor logits, int64_t k_min, int64_t k_max) {
@@ -54,18 +56,18 @@ Tensor entropy(Tensor logits, int64_t k_min, int64_t k_max) {
 }
 
 Tensor cardinality(Tensor logits, int64_t k_min, int64_t k_max) {
-  return unary("subset_cardinality", logits, k_min, k_max, std::max<int64_t>(k_max - k_min + 1, 0), pm_subset_cardinality_f32,
-               pm_subset_cardinality_f64);
+  return unary("subset_cardinality", logits, k_min, k_max, std::max<int64_t>(k_max - k_min + 1, 0),
+               pm_subset_cardinality_f32, pm_subset_cardinality_f64);
 }
 
 Tensor cardinality_backward(Tensor grad, Tensor logits, int64_t k_min, int64_t k_max) {
-  return binary("subset_cardinality_backward", "grad", logits, grad, k_min, k_max, k_max - k_min + 1, pm_subset_cardinality_backward_f32,
-                pm_subset_cardinality_backward_f64);
+  return binary("subset_cardinality_backward", "grad", logits, grad, k_min, k_max, k_max - k_min + 1,
+                pm_subset_cardinality_backward_f32, pm_subset_cardinality_backward_f64);
 }
 
 Tensor marginals(Tensor logits, int64_t k_min, int64_t k_max) {
-  return unary("subset_marginals", logits, k_min, k_max, logits.dim() ? logits.size(logits.dim() - 1) : 0, pm_subset_marginals_f32,
-               pm_subset_marginals_f64);
+  return unary("subset_marginals", logits, k_min, k_max, logits.dim() ? logits.size(logits.dim() - 1) : 0,
+               pm_subset_marginals_f32, pm_subset_marginals_f64);
 }
 
 Tensor covariance_vp(Tensor logits, Tensor v, int64_t k_min, int64_t k_max) {
@@ -74,14 +76,14 @@ Tensor covariance_vp(Tensor logits, Tensor v, int64_t k_min, int64_t k_max) {
 }
 
 template <class Call>
-Tensor choose(const char* op, const Tensor& tensor, int64_t k_min, int64_t k_max, const Call& call) {
+Tensor choose(const char *op, const Tensor &tensor, int64_t k_min, int64_t k_max, const Call &call) {
   const Rows logits(op, "logits", tensor);
   Tensor out = logits.indices(std::max<int64_t>(k_max, 0));
-  int64_t* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  int64_t *to = static_cast<int64_t *>(out.mutable_data_ptr());
   if (k_max == 0) return out;
   dispatch(logits, [&](auto type) {
     using T = decltype(type);
-    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape& part, int64_t row, void* scratch) {
+    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape &part, int64_t row, void *scratch) {
       return call(part, logits.data<T>() + row * logits.stride, to + row * k_max, scratch);
     });
   });
@@ -90,13 +92,21 @@ Tensor choose(const char* op, const Tensor& tensor, int64_t k_min, int64_t k_max
 
 struct Sample {
   uint64_t seed;
-  pm_status operator()(const pm_shape& s, const float* x, int64_t* to, void* scratch) const { return pm_subset_sample_f32(&s, x, seed, to, scratch); }
-  pm_status operator()(const pm_shape& s, const double* x, int64_t* to, void* scratch) const { return pm_subset_sample_f64(&s, x, seed, to, scratch); }
+  pm_status operator()(const pm_shape &s, const float *x, int64_t *to, void *scratch) const {
+    return pm_subset_sample_f32(&s, x, seed, to, scratch);
+  }
+  pm_status operator()(const pm_shape &s, const double *x, int64_t *to, void *scratch) const {
+    return pm_subset_sample_f64(&s, x, seed, to, scratch);
+  }
 };
 
 struct Mode {
-  pm_status operator()(const pm_shape& s, const float* x, int64_t* to, void* scratch) const { return pm_subset_mode_f32(&s, x, to, scratch); }
-  pm_status operator()(const pm_shape& s, const double* x, int64_t* to, void* scratch) const { return pm_subset_mode_f64(&s, x, to, scratch); }
+  pm_status operator()(const pm_shape &s, const float *x, int64_t *to, void *scratch) const {
+    return pm_subset_mode_f32(&s, x, to, scratch);
+  }
+  pm_status operator()(const pm_shape &s, const double *x, int64_t *to, void *scratch) const {
+    return pm_subset_mode_f64(&s, x, to, scratch);
+  }
 };
 
 Tensor sample(Tensor logits, Tensor seed, int64_t k_min, int64_t k_max) {
