@@ -1,0 +1,40 @@
+"""The ops in plain torch: oracle of the tests, baseline of the benchmarks, documentation of the semantics.
+
+Every function here has the name, arguments and results of its compiled counterpart in `probmoe_ext.ops`, but is written
+for clarity. Gradients come from autograd through the formulas, to any order. Nothing here imports the extension.
+
+`float32` and `float64` are computed as they are; `bfloat16` and `float16` in `float32`, floating-point results being
+rounded back to the input's dtype at the end.
+"""
+
+from __future__ import annotations
+
+from probmoe_ext.reference.log_space import subset_marginals_log_space
+from probmoe_ext.reference.philox import philox4x32, philox_uniform
+from probmoe_ext.reference.route import route_probmoe, route_top_k
+from probmoe_ext.reference.sample import subset_sample
+from probmoe_ext.reference.subset import (
+    subset_cardinality,
+    subset_covariance_vp,
+    subset_entropy,
+    subset_log_partition,
+    subset_log_prob,
+    subset_marginals,
+    subset_mode,
+)
+
+__all__ = [
+    "philox4x32",
+    "philox_uniform",
+    "route_probmoe",
+    "route_top_k",
+    "subset_cardinality",
+    "subset_covariance_vp",
+    "subset_entropy",
+    "subset_log_partition",
+    "subset_log_prob",
+    "subset_marginals",
+    "subset_marginals_log_space",
+    "subset_mode",
+    "subset_sample",
+]
