@@ -1,0 +1,191 @@
+"""The contract that every router keeps, and the registry that finds one by name."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from probmoe_ext.routers.auxiliary import AuxiliaryLosses
+
+ExpertsPerToken = int | tuple[int, int]
+RouterClass = TypeVar("RouterClass", bound="type[Router]")
+
+_REGISTRY: dict[str, type[Router]] = {}
+
+
+class Router(AuxiliaryLosses):
+    """Turns the hidden states and logits of a batch of tokens into experts and their weights.
+
+    A subclass implements :meth:`forward`, hands its options to this constructor (they are what a saved model
+    remembers), and is registered with :func:`register_router`. Its constructor takes ``num_experts`` and ``k`` first
+    and options by keyword; the swap fills in two of them from the model if they are named there and not given:
+    ``normalize`` (does the model renormalise its weights) and ``hidden_size``. Parameters and submodules are allowed:
+    they are cast to the gate's dtype, and travel in the state dict.
+
+    An auxiliary loss joins the backward pass by :meth:`join_loss`, in a class that says ``has_loss = True``.
+
+    Routing mathematics is done in float32 whatever the dtype of the logits, and the weights come back in that dtype.
+
+    Args:
+        num_experts: Number of experts ``E``, at least 1.
+        k: Experts per token, an int, or a band ``(k_min, k_max)``; ``0 <= k_min <= k_max <= E`` and ``k_max >= 1``.
+        **options: What else is needed to build this router again; values that JSON can hold.
+
+    Raises:
+        TypeError: If ``num_experts`` or ``k`` is no integer (or pair of integers).
+        ValueError: If ``k`` is out of range.
+    """
+
+    name: ClassVar[str] = ""
+    """The registered name."""
+
+    def __init__(self, num_experts: int, k: ExpertsPerToken, **options: Any) -> None:
+        super().__init__()
+        self.num_experts = _integer("num_experts", num_experts)
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        self.k_min, self.k_max = check_k(k, self.num_experts)
+        self.options = options
+
+    @property
+    def k(self) -> ExpertsPerToken:
+        """Experts per token: an int, or ``(k_min, k_max)`` if the number varies."""
+        return self.k_min if self.k_min == self.k_max else (self.k_min, self.k_max)
+
+    @property
+    def width(self) -> int:
+        """``K``, the number of slots in the results: ``k_max``."""
+        return self.k_max
+
+    @property
+    def leaves_slots_unused(self) -> bool:
+        """Whether some slots may carry index ``E`` and weight 0."""
+        return self.k_min < self.k_max
+
+    def top_k_in_evaluation(self) -> tuple[int, bool] | None:
+        """Say whether this router, in evaluation mode, is the usual one.
+
+        Returns:
+            ``(k, normalize)`` if the evaluation mode is softmax, the ``k`` largest, and renormalisation if
+            ``normalize``; ``None`` otherwise. A model whose own router does the same runs that one, bit for bit.
+        """
+        return None
+
+    def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route.
+
+        Args:
+            hidden_states: ``[T, H]``, what the gate saw.
+            logits: ``[T, E]`` in any floating dtype, the gate's output.
+
+        Returns:
+            Weights ``[T, K]`` in the dtype of the logits, and indices ``[T, K]`` in int64, ``K = self.width``.
+            A slot that is not used has weight 0 and index ``E``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement forward(hidden_states, logits)")
+
+    def extra_repr(self) -> str:
+        """The arguments that build this router."""
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"num_experts={self.num_experts}, k={self.k}{options}"
+
+
+def check_k(k: ExpertsPerToken, num_experts: int) -> tuple[int, int]:
+    """Check the experts per token.
+
+    Args:
+        k: An int or a pair ``(k_min, k_max)``.
+        num_experts: ``E``.
+
+    Returns:
+        ``(k_min, k_max)``.
+
+    Raises:
+        TypeError: If ``k`` is neither an int nor a pair of them.
+        ValueError: If it is out of range.
+    """
+    if isinstance(k, list | tuple):
+        if len(k) != 2:
+            raise ValueError(f"k must be an int or a pair (k_min, k_max), got {len(k)} values: {k!r}")
+        k_min, k_max = _integer("k_min", k[0]), _integer("k_max", k[1])
+    else:
+        k_min = k_max = _integer("k", k)
+    if k_min > k_max:
+        raise ValueError(f"k = (k_min, k_max) must be ascending, got ({k_min}, {k_max})")
+    if k_min < 0 or k_max < 1:
+        raise ValueError(f"k must be at least 1 (k_min at least 0), got {k!r}")
+    if k_max > num_experts:
+        raise ValueError(f"k must be at most the number of experts, {num_experts}, got {k!r}")
+    return k_min, k_max
+
+
+def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
+    """Class decorator: make a :class:`Router` known by a name.
+
+    Raises:
+        TypeError: If it decorates something that is no ``Router``.
+        ValueError: If another class has the name already.
+    """
+
+    def register(cls: RouterClass) -> RouterClass:
+        if not (isinstance(cls, type) and issubclass(cls, Router)):
+            raise TypeError(f"register_router({name!r}) expects a subclass of Router, got {cls!r}")
+        known = _REGISTRY.get(name)
+        # A module that is imported anew (in a notebook) may register its class again.
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"router {name!r} is already registered, by {known.__module__}.{known.__qualname__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def available_routers() -> tuple[str, ...]:
+    """The registered names, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def router_options(name: str) -> tuple[str, ...]:
+    """The options of a router, in the order of its constructor.
+
+    Raises:
+        ValueError: If the name is unknown (the message lists the known ones).
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"router must be one of {', '.join(available_routers())}; got {name!r}")
+    parameters = inspect.signature(_REGISTRY[name].__init__).parameters
+    return tuple(option for option in parameters if option not in ("self", "num_experts", "k"))
+
+
+def make_router(name: str, *, num_experts: int, k: ExpertsPerToken, **options: Any) -> Router:
+    """Build a router by name.
+
+    Args:
+        name: One of :func:`available_routers`.
+        num_experts: ``E``.
+        k: Experts per token, an int or a band ``(k_min, k_max)``.
+        **options: The router's own, see its class and :func:`router_options`.
+
+    Raises:
+        ValueError: If the name or an option is unknown, or a value is not allowed.
+    """
+    allowed = router_options(name)
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        said = ", ".join(map(repr, unknown))
+        raise ValueError(f"router {name!r} has no option {said}; its options: {', '.join(allowed) or 'none'}")
+    return _REGISTRY[name](num_experts, k, **options)
+
+
+def _integer(argument: str, value: object) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{argument} must be an int, got {value!r}")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{argument} must be an int, got {value!r}") from None

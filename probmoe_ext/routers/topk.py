@@ -1,0 +1,39 @@
+"""Softmax and top-k: what mixture-of-experts models ship with, and the baseline of every comparison."""
+
+from __future__ import annotations
+
+import torch
+
+from probmoe_ext.ops import route_top_k
+from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+
+
+@register_router("topk")
+class TopKRouter(Router):
+    """The ``k`` largest entries of ``softmax(logits)``, by descending probability, ties to the lower index.
+
+    The gradient reaches the logits through the weights of the chosen experts only; the choice has none.
+
+    Args:
+        num_experts: ``E``.
+        k: Experts per token, one number.
+        normalize: Whether the ``k`` weights are divided by their sum.
+
+    Raises:
+        ValueError: If ``k`` is a band, or out of range.
+    """
+
+    def __init__(self, num_experts: int, k: ExpertsPerToken, *, normalize: bool = False) -> None:
+        super().__init__(num_experts, k, normalize=normalize)
+        if self.k_min != self.k_max:
+            raise ValueError(f"router 'topk' takes one k, got the band ({self.k_min}, {self.k_max})")
+        self.normalize = normalize
+
+    def top_k_in_evaluation(self) -> tuple[int, bool] | None:
+        """``(k, normalize)``: it is the usual router in every mode."""
+        return self.k_max, self.normalize
+
+    def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route ``[T, E]`` logits to weights and indices ``[T, k]``; the hidden states are not used."""
+        weights, indices = route_top_k(logits, self.k_max, normalize=self.normalize)
+        return weights, indices
