@@ -40,7 +40,7 @@ def sources(folder: str, pattern: str) -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, or of the PATH; whether this machine has a GPU does not matter for building."""
+    """The nvcc of CUDA_HOME, or of the PATH; whether this machine has a GPU does not matter for building."""
     wanted = os.environ.get("PROBMOE_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"probmoe_ext: PROBMOE_CUDA must be 0 or 1, not {wanted!r}")

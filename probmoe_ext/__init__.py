@@ -1,0 +1,26 @@
+"""Probabilistic expert routing for mixture-of-experts models: exact operators, routers and the Hugging Face swap.
+
+``probmoe_ext.ops`` holds the differentiable operators, ``probmoe_ext.routers`` what turns hidden states into experts,
+``probmoe_ext.hf`` the swap into Hugging Face models. Importing this package registers the operators; it needs neither
+transformers nor a GPU, and initialises no CUDA.
+"""
+
+from __future__ import annotations
+
+import torch as _torch  # noqa: F401  (the extension module needs torch's libraries loaded)
+
+from . import _C, ops, reference, routers
+
+__version__ = "0.1.0"
+
+__all__ = ["build_info", "ops", "reference", "routers"]
+
+
+def build_info() -> dict[str, object]:
+    """How the compiled core was built, and the instruction set that it uses here.
+
+    Returns:
+        Keys ``version``, ``compiler``, ``built_with_torch``, ``torch_target_version``, ``cuda`` (toolkit version, or
+        None for a CPU-only build), ``cuda_architectures`` and ``instruction_set``.
+    """
+    return {**_C.build_info(), "instruction_set": _C.instruction_set()}

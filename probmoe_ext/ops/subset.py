@@ -1,0 +1,285 @@
+"""The subset family: cardinality-constrained subsets of experts (conditional Bernoulli), exact.
+
+``P(S) = exp(sum of logits over S) / Z`` on the subsets with ``k_min <= |S| <= k_max``. Derivatives close on themselves:
+``log_partition -> marginals -> covariance_vp``. Each result equals its closed form up to rounding: no relaxation, no
+clamp.
+Sources: Chen, Dempster & Liu, "Weighted finite population sampling to maximize entropy", Biometrika 81 (1994); ProbMoE,
+arXiv 2606.01509, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the operators)
+from .arguments import Cardinality, check_band, check_indices, check_like, check_logits, launch, make_seed
+from .registration import register
+
+
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, ctx.k_min, ctx.k_max = inputs
+    ctx.save_for_backward(logits)
+
+
+def _per_row(logits: Tensor, k_min: int, k_max: int) -> Tensor:
+    return logits.new_empty(logits.shape[:-1])
+
+
+def _per_expert(logits: Tensor, k_min: int, k_max: int) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+# ---- log partition ------------------------------------------------------------------------------------------------
+
+
+def _log_partition_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (logits,) = ctx.saved_tensors
+    return grad.unsqueeze(-1) * _marginals(logits, ctx.k_min, ctx.k_max), None, None
+
+
+_log_partition = register("subset_log_partition", _per_row, _log_partition_backward, _save_logits)
+
+
+def subset_log_partition(logits: Tensor, k: Cardinality) -> Tensor:
+    """Logarithm of the partition function, ``log Z``, ``Z`` the sum of ``e_j(exp(logits))`` over the sizes of the band.
+
+    Args:
+        logits: ``[..., E]``, floating; -inf masks an expert out.
+        k: The size, or ``(k_min, k_max)``, ``0 <= k_min <= k_max <= E``.
+
+    Returns:
+        ``[...]``, in nats, computed in double precision. Twice differentiable: its gradient is
+        :func:`subset_marginals`.
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, or ``k`` no int or pair of ints.
+        ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts (the message names it).
+    """
+    check_logits(logits)
+    return launch(_log_partition, logits, *check_band(k, logits.shape[-1]))
+
+
+# ---- cardinality --------------------------------------------------------------------------------------------------
+
+
+def _cardinality_fake(logits: Tensor, k_min: int, k_max: int) -> Tensor:
+    return logits.new_empty((*logits.shape[:-1], k_max - k_min + 1))
+
+
+def _cardinality_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (logits,) = ctx.saved_tensors
+    return _cardinality_vjp(grad, logits, ctx.k_min, ctx.k_max), None, None
+
+
+_cardinality = register("subset_cardinality", _cardinality_fake, _cardinality_backward, _save_logits)
+_cardinality_vjp = register(
+    "subset_cardinality_backward", lambda grad, logits, k_min, k_max: logits.new_empty(logits.shape)
+)
+
+
+def subset_cardinality(logits: Tensor, k: Cardinality) -> Tensor:
+    """Distribution of the subset's size, ``P(|S| = j) = e_j / Z`` for ``j = k_min, ..., k_max``.
+
+    Args:
+        logits: ``[..., E]``, floating; -inf masks an expert out.
+        k: The size, or ``(k_min, k_max)``.
+
+    Returns:
+        ``[..., k_max - k_min + 1]`` probabilities; rows sum to 1. Once differentiable.
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, or ``k`` no int or pair of ints.
+        ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
+    """
+    check_logits(logits)
+    return launch(_cardinality, logits, *check_band(k, logits.shape[-1]))
+
+
+# ---- marginals and their covariance -------------------------------------------------------------------------------
+
+
+def _marginals_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (logits,) = ctx.saved_tensors
+    return _covariance_vp(logits, grad, ctx.k_min, ctx.k_max), None, None
+
+
+def _save_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, _, ctx.k_min, ctx.k_max = inputs
+    ctx.save_for_backward(logits)
+
+
+def _covariance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    (logits,) = ctx.saved_tensors
+    if ctx.needs_input_grad[0]:
+        raise RuntimeError(
+            "subset_covariance_vp is not differentiable with respect to logits (that would be a third derivative of "
+            "log Z); detach them, or differentiate probmoe_ext.reference.subset_covariance_vp"
+        )
+    return None, _covariance_vp(logits, grad, ctx.k_min, ctx.k_max), None, None
+
+
+_marginals = register("subset_marginals", _per_expert, _marginals_backward, _save_logits)
+_covariance_vp = register(
+    "subset_covariance_vp",
+    lambda logits, v, k_min, k_max: logits.new_empty(logits.shape),
+    _covariance_backward,
+    _save_both,
+)
+
+
+def subset_marginals(logits: Tensor, k: Cardinality) -> Tensor:
+    """Inclusion probabilities ``m_i = P(i in S)``, the gradient of ``log Z``.
+
+    Args:
+        logits: ``[..., E]``, floating; -inf masks an expert out (its marginal is 0).
+        k: The size, or ``(k_min, k_max)``.
+
+    Returns:
+        ``[..., E]`` in [0, 1]; rows sum to the expected size. The vector-Jacobian product is exact
+        (:func:`subset_covariance_vp`; the Jacobian is symmetric).
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, or ``k`` no int or pair of ints.
+        ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
+    """
+    check_logits(logits)
+    return launch(_marginals, logits, *check_band(k, logits.shape[-1]))
+
+
+def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality) -> Tensor:
+    """Covariance-vector product ``C v`` with ``C_ij = P(i, j in S) - m_i m_j``, in O(E k) and without the matrix.
+
+    Args:
+        logits: ``[..., E]``, floating; -inf masks an expert out.
+        v: Same shape, the vector.
+        k: The size, or ``(k_min, k_max)``.
+
+    Returns:
+        ``[..., E]``. Linear in ``v`` and differentiable with respect to it; not with respect to ``logits``.
+
+    Raises:
+        TypeError: ``logits`` or ``v`` is no floating tensor, or ``k`` no int or pair of ints.
+        ValueError: Shapes or devices differ, ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
+    """
+    check_logits(logits)
+    check_like(v, logits, "v")
+    return launch(_covariance_vp, logits, v, *check_band(k, logits.shape[-1]))
+
+
+# ---- entropy and log-probability ----------------------------------------------------------------------------------
+
+
+def _entropy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (logits,) = ctx.saved_tensors
+    direction = logits.detach().masked_fill(logits == -torch.inf, 0.0)
+    return -grad.unsqueeze(-1) * _covariance_vp(logits, direction, ctx.k_min, ctx.k_max), None, None
+
+
+_entropy = register("subset_entropy", _per_row, _entropy_backward, _save_logits)
+
+
+def subset_entropy(logits: Tensor, k: Cardinality) -> Tensor:
+    """Entropy ``-sum_S P(S) log P(S) = log Z - sum_i m_i r_i`` (with ``0 (-inf) = 0``), in nats.
+
+    Args:
+        logits: ``[..., E]``, floating; -inf masks an expert out.
+        k: The size, or ``(k_min, k_max)``.
+
+    Returns:
+        ``[...]``, computed in double precision term by term, so that nothing cancels. Its gradient is ``-C r``.
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, or ``k`` no int or pair of ints.
+        ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
+    """
+    check_logits(logits)
+    return launch(_entropy, logits, *check_band(k, logits.shape[-1]))
+
+
+def subset_log_prob(logits: Tensor, indices: Tensor, k: Cardinality) -> Tensor:
+    """Log-probability of a subset, ``sum of logits over S - log Z``.
+
+    Args:
+        logits: ``[..., E]``, floating; -inf masks an expert out.
+        indices: int64 ``[..., k_max]``, distinct members of S in any order, unused slots at E.
+        k: The size, or ``(k_min, k_max)``.
+
+    Returns:
+        ``[...]``, in nats; -inf for a size outside the band, a masked or a repeated expert. Twice differentiable, with
+        gradient ``z - m`` where S has positive probability.
+
+    Raises:
+        TypeError: A tensor has the wrong dtype, or ``k`` is no int or pair of ints.
+        ValueError: Shapes or devices differ, ``k`` is out of range, an index is outside 0..E, or a row has fewer than
+            ``k_min`` unmasked experts.
+    """
+    check_logits(logits)
+    experts = logits.shape[-1]
+    k_min, k_max = check_band(k, experts)
+    check_indices(indices, logits, k_max)
+    if not torch.compiler.is_compiling() and indices.numel() and not ((indices >= 0) & (indices <= experts)).all():
+        raise ValueError(f"indices must lie in 0..E = {experts} (E marks an unused slot)")
+    used = indices < experts
+    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+    chosen = torch.where(used, wide.gather(-1, indices.clamp(max=experts - 1)), 0.0)
+    ordered = indices.sort(dim=-1).values
+    repeated = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < experts)).any(-1)
+    possible = (used.sum(-1) >= k_min) & ~repeated
+    log_prob = chosen.sum(-1) - subset_log_partition(wide, (k_min, k_max))
+    return torch.where(possible, log_prob, -torch.inf).to(logits.dtype)
+
+
+# ---- draws --------------------------------------------------------------------------------------------------------
+
+
+_sample = register(
+    "subset_sample",
+    lambda logits, seed, k_min, k_max: logits.new_empty((*logits.shape[:-1], k_max), dtype=torch.int64),
+    unbatched=(1,),
+)
+_mode = register(
+    "subset_mode", lambda logits, k_min, k_max: logits.new_empty((*logits.shape[:-1], k_max), dtype=torch.int64)
+)
+
+
+def subset_sample(logits: Tensor, k: Cardinality, seed: int | Tensor | None = None) -> Tensor:
+    """An exact draw of S: its size from :func:`subset_cardinality`, then its members, by inversion.
+
+    Args:
+        logits: ``[..., E]``, floating; -inf masks an expert out.
+        k: The size, or ``(k_min, k_max)``.
+        seed: None draws one from torch's generator; an int or an int64 scalar tensor makes the call pure. Rows draw
+            independently, counted by their index (Philox4x32-10), whatever the number of threads.
+
+    Returns:
+        int64 ``[..., k_max]``, ascending, unused slots at E. Not differentiable.
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, ``k`` no int or pair of ints, ``seed`` no int64.
+        ValueError: ``k`` is out of range, the seed is on another device, or a row has fewer than ``k_min`` unmasked
+            experts.
+    """
+    check_logits(logits)
+    k_min, k_max = check_band(k, logits.shape[-1])
+    return launch(_sample, logits, make_seed(seed, logits), k_min, k_max)
+
+
+def subset_mode(logits: Tensor, k: Cardinality) -> Tensor:
+    """The most probable S: every positive logit, the count then clamped to the band along the descending order.
+
+    Args:
+        logits: ``[..., E]``, floating; -inf masks an expert out.
+        k: The size, or ``(k_min, k_max)``.
+
+    Returns:
+        int64 ``[..., k_max]`` by descending logit, ties to the lower index, unused slots at E. Not differentiable.
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, or ``k`` no int or pair of ints.
+        ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
+    """
+    check_logits(logits)
+    return launch(_mode, logits, *check_band(k, logits.shape[-1]))
