@@ -38,8 +38,12 @@ core:
 	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet '$(TORCH)' numpy; fi
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel ninja
 
-.venv/installed-%: .venv/pyvenv.cfg $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+.venv/built: .venv/pyvenv.cfg $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.venv/installed-%: .venv/built pyproject.toml
+	$(BIN)/python tools/requirements.py $* | $(BIN)/python -m pip install --quiet -r /dev/stdin
 	@touch $@
 
 clean:

@@ -8,24 +8,33 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .. import _C
+
 Cardinality: TypeAlias = "int | tuple[int, int]"
 
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "meta")
+BUILT_WITH_CUDA = _C.build_info()["cuda"] is not None
 
 
-def check_logits(logits: Tensor, name: str = "logits") -> None:
+def check_logits(logits: Tensor, *, has_cuda_kernel: bool = False) -> None:
     """Raises unless ``logits`` is a floating tensor ``[..., E]`` with E >= 1 on a device that has kernels."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, not {type(logits).__name__}")
+        raise TypeError(f"logits must be a torch.Tensor, not {type(logits).__name__}")
     if logits.dtype not in FLOAT_TYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {logits.dtype}")
+        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, not {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
-            f"{name} must have shape [..., E] with E >= 1 experts in the last dimension, not {tuple(logits.shape)}"
+            f"logits must have shape [..., E] with E >= 1 experts in the last dimension, not {tuple(logits.shape)}"
         )
-    if logits.device.type not in DEVICES:
-        raise ValueError(f"{name} is on {logits.device}, but this build has kernels for the CPU only; move it there")
+    device = logits.device.type
+    if device in DEVICES or (device == "cuda" and has_cuda_kernel and BUILT_WITH_CUDA):
+        return
+    if device == "cuda" and has_cuda_kernel:
+        raise ValueError(
+            f"logits are on {logits.device}, but this build is for the CPU only; rebuild where nvcc is found"
+        )
+    raise ValueError(f"logits are on {logits.device}, but this operator has kernels for the CPU only; move them there")
 
 
 def check_band(k: Cardinality, num_experts: int) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def route_top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor
         TypeError: ``logits`` is no floating tensor, or ``k`` no int.
         ValueError: ``k`` is out of range, or a row has fewer than ``k`` unmasked experts.
     """
-    check_logits(logits)
+    check_logits(logits, has_cuda_kernel=True)
     if not isinstance(k, int | torch.SymInt) or isinstance(k, bool):
         raise TypeError(f"k must be an int, not {k!r}")
     check_band(k, logits.shape[-1])
