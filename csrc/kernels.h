@@ -9,7 +9,7 @@ typedef struct pm_job {
   pm_shape shape;
   const void *logits;
   const void *vector;     /* grad, v or grad_weights, dense */
-  const int64_t *indices; /* routing backward */
+  const int64_t *indices; /* routing backward, log-probability */
   void *out;
   int64_t *out_indices;
   void *scratch;
@@ -24,10 +24,11 @@ typedef pm_status (*pm_kernel)(const pm_job *job);
 
 typedef struct pm_kernels {
   size_t (*scratch_size)(int64_t experts, int64_t k_max);
-  pm_kernel log_partition; /* NULL in single precision, as are cardinality, its backward and entropy */
+  pm_kernel log_partition; /* NULL in single precision, as are the next four */
   pm_kernel cardinality;
   pm_kernel cardinality_backward;
   pm_kernel entropy;
+  pm_kernel log_prob;
   pm_kernel marginals;
   pm_kernel covariance_vp;
   pm_kernel sample;

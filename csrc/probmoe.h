@@ -62,7 +62,8 @@ typedef enum pm_status {
   PM_NULL_POINTER = 1,    /* a required pointer is NULL */
   PM_BAD_SHAPE = 2,       /* rows < 0, experts < 1 or > PM_MAX_EXPERTS, or stride < experts */
   PM_BAD_CARDINALITY = 3, /* not 0 <= k_min <= k_max <= experts */
-  PM_INFEASIBLE = 4       /* a row has fewer than k_min unmasked experts (pm_infeasible_row_* finds it) */
+  PM_INFEASIBLE = 4,      /* a row has fewer than k_min unmasked experts (pm_infeasible_row_* finds it) */
+  PM_BAD_INDEX = 5        /* an index is outside 0 .. experts */
 } pm_status;
 
 /* One sentence, for people. Never NULL. */
@@ -121,6 +122,14 @@ pm_status pm_subset_covariance_vp_f64(const pm_shape *shape, const double *logit
  * by term, so that nothing cancels at large logits. */
 pm_status pm_subset_entropy_f32(const pm_shape *shape, const float *logits, float *out, void *scratch);
 pm_status pm_subset_entropy_f64(const pm_shape *shape, const double *logits, double *out, void *scratch);
+
+/* log P(S) = sum over S of r_i - log Z, S given by its members in any order.  indices [T, k_max], unused slots at E;
+ * out [T].  -inf for a size outside the band, a masked or a repeated member; PM_BAD_INDEX for an index outside 0..E.
+ * Computed in double precision for both types as a sum of terms of one sign, so that nothing cancels. */
+pm_status pm_subset_log_prob_f32(const pm_shape *shape, const float *logits, const int64_t *indices, float *out,
+                                 void *scratch);
+pm_status pm_subset_log_prob_f64(const pm_shape *shape, const double *logits, const int64_t *indices, double *out,
+                                 void *scratch);
 
 /* An exact draw of S.  out [T, k_max], ascending; slots past |S| hold E. */
 pm_status pm_subset_sample_f32(const pm_shape *shape, const float *logits, uint64_t seed, int64_t *out, void *scratch);

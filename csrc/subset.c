@@ -9,6 +9,7 @@ const char *pm_status_text(pm_status status) {
     case PM_NULL_POINTER: return "a required pointer is NULL";
     case PM_BAD_SHAPE: return "need rows >= 0, 1 <= experts <= 65536 and stride >= experts";
     case PM_BAD_CARDINALITY: return "need 0 <= k_min <= k_max <= experts";
+    case PM_BAD_INDEX: return "an index is outside 0 .. experts";
     case PM_INFEASIBLE: return "a row has fewer than k_min unmasked experts";
   }
   return "unknown status";
@@ -98,3 +99,23 @@ PM_BINARY(covariance_vp, 0)
 
 PM_SAMPLE(f32, float, 0)
 PM_SAMPLE(f64, double, 1)
+
+/* Before the kernel, which indexes by them: a bad index must not be read through. */
+static pm_status check_indices(const pm_shape *shape, const int64_t *indices) {
+  if (!shape || shape->rows <= 0 || shape->k_max <= 0) return PM_OK;
+  if (!indices) return PM_NULL_POINTER;
+  for (int64_t n = 0; n < shape->rows * shape->k_max; ++n)
+    if (indices[n] < 0 || indices[n] > shape->experts) return PM_BAD_INDEX;
+  return PM_OK;
+}
+
+#define PM_LOG_PROB(suffix, type, type_is_double)                                                                     \
+  pm_status pm_subset_log_prob_##suffix(const pm_shape *shape, const type *logits, const int64_t *indices, type *out, \
+                                        void *scratch) {                                                              \
+    const pm_status legal = check_indices(shape, indices);                                                            \
+    if (legal != PM_OK) return legal;                                                                                 \
+    PM_RUN(log_prob, type_is_double, 1, .indices = indices, .out = out);                                              \
+  }
+
+PM_LOG_PROB(f32, float, 0)
+PM_LOG_PROB(f64, double, 1)

@@ -5,32 +5,36 @@
 #include "sample.h"
 #include "subset.h"
 
-/* The mode of one lane: the clamped count of positive logits, along the descending order, ties to the lower index.
- * Needs sort_largest. */
-static void choose_mode(const block *k, int lane, int64_t *choice) {
+/* The mode of every row of the block: the clamped count of positive logits, along the descending order, ties to the
+ * lower index. Needs sort_largest. The rows' members are found together, one comparison an expert, and each is put
+ * behind all that are not smaller. */
+static void choose_mode(const block *k, int64_t rows, int64_t *indices) {
   const int b = k->b;
-  if (k->poison[lane]) {
-    for (int j = 0; j < b; ++j) choice[j] = j;
-    return;
+  vreal least = splat((real)INFINITY); /* smallest chosen logit */
+  int size[LANES], found[LANES];
+  for (int l = 0; l < LANES; ++l) {
+    size[l] = found[l] = 0;
+    if (l >= rows) continue;
+    int64_t *choice = indices + l * b;
+    if (k->poison[l]) {
+      for (int j = 0; j < b; ++j) choice[j] = j;
+      continue;
+    }
+    while (size[l] < b && k->top[size[l]][l] > 0) ++size[l];
+    if (size[l] < k->a) size[l] = k->a;
+    for (int j = size[l]; j < b; ++j) choice[j] = k->E;
+    if (size[l] > 0) least[l] = k->top[size[l] - 1][l];
   }
-  int size = 0;
-  while (size < b && k->top[size][lane] > 0) ++size;
-  if (size < k->a) size = k->a;
-  for (int j = size; j < b; ++j) choice[j] = k->E;
-  if (size == 0) return;
-  const real least = k->top[size - 1][lane];
-  int ties = 0; /* how many of the chosen equal the least of them */
-  while (ties < size && k->top[size - 1 - ties][lane] == least) ++ties;
-  const int above = size - ties;
-  int found = 0, tied = 0;
-  for (int64_t i = 0; found + tied < size; ++i) {
-    const real x = k->x[i][lane];
-    if (x > least) { /* insert behind everything that is not smaller */
-      int j = found++;
-      for (; j > 0 && k->x[choice[j - 1]][lane] < x; --j) choice[j] = choice[j - 1];
+  for (int64_t i = 0; i < k->E; ++i) {
+    for (unsigned hit = lanes_of((vmask)(k->x[i] >= least)); hit; hit &= hit - 1) {
+      const int l = __builtin_ctz(hit);
+      const real x = k->x[i][l];
+      int64_t *choice = indices + l * b;
+      /* With all places taken only a larger logit enters, in the place of the last of the least ones. */
+      if (found[l] == size[l] && !(x > least[l])) continue;
+      int j = found[l] < size[l] ? found[l]++ : size[l] - 1;
+      for (; j > 0 && k->x[choice[j - 1]][l] < x; --j) choice[j] = choice[j - 1];
       choice[j] = i;
-    } else if (x == least && tied < ties) {
-      choice[above + tied++] = i;
     }
   }
 }
@@ -71,10 +75,8 @@ static pm_status mode_rows(const pm_job *job) {
     block_load(&k, job, row, rows);
     infeasible |= k.infeasible;
     sort_largest(&k);
-    for (int l = 0; l < rows; ++l) {
-      choose_mode(&k, l, job->out_indices + (row + l) * k.b);
-      if (job->out) write_weights(&k, job, row, l);
-    }
+    choose_mode(&k, rows, job->out_indices + row * k.b);
+    for (int l = 0; l < rows && job->out; ++l) write_weights(&k, job, row, l);
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;
 }

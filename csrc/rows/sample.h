@@ -21,48 +21,46 @@ PM_ALWAYS_INLINE real uniform(uint64_t seed, uint64_t row, uint32_t draw, uint32
 #endif
 }
 
-/* Uniforms for draws 0..count-1 of every lane. Four draws share a counter; lanes are innermost so that the compiler
- * spreads the rounds over a register. */
+/* Uniforms for draws 0..count-1 of every lane, four draws to a counter. Word l serves lane l % LANES; in double
+ * precision the upper half of the words are the low parts. */
 static void uniforms(uint64_t seed, uint64_t row, int count, uint32_t purpose, vreal *out) {
+  vword row_low, row_high, use;
+  for (int l = 0; l < WORDS; ++l) {
+    const uint64_t number = row + (uint64_t)(l % LANES);
+    row_low[l] = (uint32_t)number;
+    row_high[l] = (uint32_t)(number >> 32);
+    use[l] = purpose + (uint32_t)(l / LANES);
+  }
   for (int first = 0; first < count; first += 4) {
-    uint32_t words[PM_REAL_BITS / 32][4][LANES];
-    for (int part = 0; part < PM_REAL_BITS / 32; ++part) {
-      uint32_t (*c)[LANES] = words[part];
-      for (int l = 0; l < LANES; ++l) {
-        c[0][l] = (uint32_t)first / 4;
-        c[1][l] = (uint32_t)(row + (uint64_t)l);
-        c[2][l] = (uint32_t)((row + (uint64_t)l) >> 32);
-        c[3][l] = purpose + (uint32_t)part;
-      }
-      uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-      for (int round = 0; round < PM_PHILOX_ROUNDS; ++round) {
-        for (int l = 0; l < LANES; ++l) {
-          const uint64_t product0 = (uint64_t)PM_PHILOX_M0 * c[0][l], product1 = (uint64_t)PM_PHILOX_M1 * c[2][l];
-          c[0][l] = (uint32_t)(product1 >> 32) ^ c[1][l] ^ key0;
-          c[1][l] = (uint32_t)product1;
-          c[2][l] = (uint32_t)(product0 >> 32) ^ c[3][l] ^ key1;
-          c[3][l] = (uint32_t)product0;
-        }
-        key0 += PM_PHILOX_W0;
-        key1 += PM_PHILOX_W1;
-      }
+    vword c[4] = {(vword){0} + (uint32_t)first / 4, row_low, row_high, use};
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < PM_PHILOX_ROUNDS; ++round) {
+      vword high0, low0, high1, low1;
+      multiply_words(c[0], PM_PHILOX_M0, &high0, &low0);
+      multiply_words(c[2], PM_PHILOX_M1, &high1, &low1);
+      c[0] = high1 ^ c[1] ^ key0;
+      c[1] = low1;
+      c[2] = high0 ^ c[3] ^ key1;
+      c[3] = low0;
+      key0 += PM_PHILOX_W0;
+      key1 += PM_PHILOX_W1;
     }
     for (int t = 0; t < 4 && first + t < count; ++t)
       for (int l = 0; l < LANES; ++l)
 #if PM_REAL_BITS == 32
-        out[first + t][l] = pm_uniform_f32(words[0][t][l]);
+        out[first + t][l] = pm_uniform_f32(c[t][l]);
 #else
-        out[first + t][l] = pm_uniform_f64(words[0][t][l], words[1][t][l]);
+        out[first + t][l] = pm_uniform_f64(c[t][l], c[t][l + LANES]);
 #endif
   }
 }
 
-/* Where a lane stands on its way down the experts. */
+/* Where the lanes stand on their way down the experts. */
 typedef struct walk {
-  int64_t experts; /* n: the choice is among experts 1..n */
-  int left;        /* j: how many are still to be chosen */
-  int size;        /* |S| */
-  real level;      /* U = u A_n[j] */
+  int64_t experts[LANES]; /* n: the choice is among experts 1..n */
+  int left[LANES];        /* j: how many are still to be chosen */
+  int size[LANES];        /* |S| */
+  real level[LANES];      /* U = u A_n[j] */
 } walk;
 
 /* The size of S: the smallest j whose cumulative mass exceeds u Z. */
@@ -80,41 +78,59 @@ PM_ALWAYS_INLINE int draw_size(const block *k, const vreal *end, int lane, uint6
   return last;
 }
 
-/* The lane's members among the experts of one segment, last first, into choice[left - 1]. `table` holds the states
- * before expert `begin` and after each one; `u` the uniforms, one a member. */
-PM_ALWAYS_INLINE void choose(const block *k, const vreal *table, int64_t begin, int lane, walk *at, const vreal *u,
-                             int64_t *choice, int plain) {
+#define PM_MASS(i, j) table[((i) - begin) * cells + (j)][l] /* A_i[j] of lane l, i experts passed */
+
+/* The lanes' members among the experts of one segment, last first, into choice[left - 1]: bisection. `table` holds the
+ * states before expert `begin` and after each one; `u` the uniforms, one a member.
+ *
+ * The bisection runs over the whole segment, not up to n: A_i[j] for i >= n exceeds U as well. So every lane takes the
+ * same number of steps, and their chains of dependent loads overlap. */
+static void choose_plain(const block *k, const vreal *table, int64_t begin, int64_t end, walk *at, const vreal *u,
+                         int64_t *const *choice) {
   const int64_t cells = k->b + 1;
-#define PM_MASS(i, j) table[((i) - begin) * cells + (j)][lane] /* A_i[j], i experts passed */
-  while (at->left > 0) {
-    const int j = at->left;
-    int64_t i;
-    if (plain) {
-      if (PM_MASS(begin, j) > at->level) break; /* no member is left in this segment */
-      int64_t span = at->experts - begin;
-      for (i = begin; span > 1;) { /* A_i[j] <= U < A_{i+span}[j] */
-        const int64_t half = span / 2;
-        i += PM_MASS(i + half, j) > at->level ? 0 : half;
-        span -= half;
-      }
-    } else {
-      for (i = at->experts - 1; i >= begin; --i) {
-        const real q = k->q[i][lane], mass = PM_MASS(i, j);
-        const int possible = k->w[i][lane] * PM_MASS(i, j - 1) > 0;
-        if (possible && !(at->level < q * mass)) break;
-        at->level = q > 0 ? at->level / q : 0;
-        if (!(at->level < mass)) at->level = mass * (1 - PM_REAL_HALF_ULP);
-      }
-      if (i < begin) break;
+  for (;;) {
+    unsigned open = 0;
+    for (int l = 0; l < LANES; ++l)
+      open |= (unsigned)(at->left[l] > 0 && !(PM_MASS(begin, at->left[l]) > at->level[l])) << l;
+    if (!open) return; /* what is left has its members before this segment */
+    int64_t low[LANES];
+    for (int l = 0; l < LANES; ++l) low[l] = begin;
+    for (int64_t span = end - begin; span > 1;) { /* A_low[j] <= U < A_{low + span}[j] */
+      const int64_t half = span / 2;
+      for (int l = 0; l < LANES; ++l) low[l] += PM_MASS(low[l] + half, at->left[l]) > at->level[l] ? 0 : half;
+      span -= half;
     }
-    choice[j - 1] = i;
-    at->experts = i;
-    at->left = j - 1;
-    if (at->left > 0) at->level = u[at->size - at->left][lane] * PM_MASS(i, at->left);
+    for (int l = 0; l < LANES; ++l) {
+      if (!(open >> l & 1)) continue;
+      const int j = --at->left[l];
+      choice[l][j] = low[l];
+      if (j > 0) at->level[l] = u[at->size[l] - j][l] * PM_MASS(low[l], j);
+    }
   }
-  if (at->left > 0) at->experts = begin;
-#undef PM_MASS
 }
+
+/* The same for one lane of a normalised block, expert by expert. */
+static void choose_normalised(const block *k, const vreal *table, int64_t begin, int l, walk *at, const vreal *u,
+                              int64_t *choice) {
+  const int64_t cells = k->b + 1;
+  while (at->left[l] > 0) {
+    const int j = at->left[l];
+    int64_t i;
+    for (i = at->experts[l] - 1; i >= begin; --i) {
+      const real q = k->q[i][l], mass = PM_MASS(i, j);
+      const int possible = k->w[i][l] * PM_MASS(i, j - 1) > 0;
+      if (possible && !(at->level[l] < q * mass)) break;
+      at->level[l] = q > 0 ? at->level[l] / q : 0;
+      if (!(at->level[l] < mass)) at->level[l] = mass * (1 - PM_REAL_HALF_ULP);
+    }
+    at->experts[l] = i < begin ? begin : i;
+    if (i < begin) return;
+    choice[j - 1] = i;
+    at->left[l] = j - 1;
+    if (j > 1) at->level[l] = u[at->size[l] - (j - 1)][l] * PM_MASS(i, j - 1);
+  }
+}
+#undef PM_MASS
 
 /* Draws S for the wanted lanes: indices [.., b] ascending, slots past |S| at E. Poisoned rows get 0, 1, 2, ... Needs
  * prefix_all; overwrites `top`. */
@@ -123,24 +139,29 @@ PM_ALWAYS_INLINE void sample_block(block *k, const pm_job *job, int64_t row, int
   const uint64_t first = (uint64_t)(job->shape.first_row + row);
   const vreal *end = prefix_end(k, 0);
   vreal *u = k->top;
-  walk at[LANES];
+  walk at;
+  int64_t *choice[LANES];
   uniforms(job->seed, first, b, PM_DRAW_ITEM, u);
   for (int l = 0; l < LANES; ++l) {
-    at[l].left = 0;
+    at.left[l] = at.size[l] = 0;
+    at.level[l] = 0;
+    choice[l] = job->out_indices + (row + (l < rows ? l : 0)) * b;
     if (l >= rows || !wanted[l]) continue;
-    int64_t *choice = job->out_indices + (row + l) * b;
     const int drawable = !k->poison[l] && k->total[l] > 0;
     const int size = drawable ? draw_size(k, end, l, job->seed, first + (uint64_t)l) : b;
-    for (int j = 0; j < b; ++j) choice[j] = j < size ? j : k->E;
+    for (int j = 0; j < b; ++j) choice[l][j] = j < size ? j : k->E;
     if (!drawable) continue;
-    at[l].experts = k->E;
-    at[l].left = at[l].size = size;
-    at[l].level = size > 0 ? u[0][l] * end[size][l] : 0;
+    at.experts[l] = k->E;
+    at.left[l] = at.size[l] = size;
+    at.level[l] = size > 0 ? u[0][l] * end[size][l] : 0;
   }
   for (int64_t s = k->segments - 1; s >= 0; --s) {
+    const int64_t begin = s * k->segment, stop = s + 1 == k->segments ? k->E : begin + k->segment;
     prefix_segment(k, s, plain, 0);
-    for (int l = 0; l < LANES; ++l)
-      if (at[l].left > 0) choose(k, k->table, s * k->segment, l, &at[l], u, job->out_indices + (row + l) * b, plain);
+    if (plain)
+      choose_plain(k, k->table, begin, stop, &at, u, choice);
+    else
+      for (int l = 0; l < LANES; ++l) choose_normalised(k, k->table, begin, l, &at, u, choice[l]);
   }
 }
 

@@ -79,10 +79,47 @@ PM_ALWAYS_INLINE vreal min_(vreal a, vreal b) { return select_((vmask)(a < b), a
 
 PM_ALWAYS_INLINE vreal splat(real x) { return (vreal){0} + x; }
 
-PM_ALWAYS_INLINE int any(vmask mask) {
-  bits found = 0;
-  for (int l = 0; l < LANES; ++l) found |= mask[l];
-  return found != 0;
+/* Bit l of the result: is lane l set? */
+PM_ALWAYS_INLINE unsigned lanes_of(vmask mask) {
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512DQ__) && PM_REAL_BITS == 32
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif PM_VECTOR_BYTES == 64 && defined(__AVX512DQ__)
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif PM_VECTOR_BYTES == 32 && defined(__AVX2__) && PM_REAL_BITS == 32
+  return (unsigned)_mm256_movemask_ps((__m256)mask);
+#elif PM_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (unsigned)_mm256_movemask_pd((__m256d)mask);
+#else
+  unsigned found = 0;
+  for (int l = 0; l < LANES; ++l) found |= (unsigned)(mask[l] & 1) << l;
+  return found;
+#endif
+}
+
+PM_ALWAYS_INLINE int any(vmask mask) { return lanes_of(mask) != 0; }
+
+/* Vectors of 32-bit words, as many as fit, and the two halves of their product with one word. */
+enum { WORDS = PM_VECTOR_BYTES / 4 };
+typedef uint32_t vword __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES)));
+
+PM_ALWAYS_INLINE void multiply_words(vword a, uint32_t b, vword *high, vword *low) {
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const __m512i m = _mm512_set1_epi64(b), even = _mm512_mul_epu32((__m512i)a, m);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), m);
+  *low = (vword)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  *high = (vword)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+#elif PM_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i m = _mm256_set1_epi64x(b), even = _mm256_mul_epu32((__m256i)a, m);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), m);
+  *low = (vword)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  *high = (vword)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#else
+  for (int l = 0; l < WORDS; ++l) {
+    const uint64_t product = (uint64_t)a[l] * b;
+    (*low)[l] = (uint32_t)product;
+    (*high)[l] = (uint32_t)(product >> 32);
+  }
+#endif
 }
 
 /* exp(x) for -inf <= x <= 80 within 1 ulp, no NaN; 0 where the result is below the normal range.

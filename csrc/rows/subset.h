@@ -254,5 +254,35 @@ static vmask entropy_normalised(const pm_job *job, block *k, int64_t row, int64_
 
 static pm_status entropy_rows(const pm_job *job) { return for_each_block(job, 1, NULL, entropy_normalised); }
 
+/* log P(S) = sum over S of r - log Z, with x_i = r_i - lambda and log Z as above:
+ *   sum over S of min(x_i, 0) - sum over the others of max(x_i, 0) - log normaliser - log total + lambda (|S| - j0). */
+static vmask log_prob_normalised(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {
+  prefix_all(k, 0, 0);
+  const vreal normaliser = log_normaliser(k);
+  for (int l = 0; l < LANES && l < rows; ++l) {
+    if (!wanted[l]) continue;
+    const int64_t *members = job->indices + (row + l) * k->b;
+    int size = 0, possible = 1;
+    for (int64_t i = 0; i < k->E; ++i) k->v[i][l] = 0; /* 1 on S */
+    for (int j = 0; j < k->b; ++j) {
+      if (members[j] >= k->E) continue;
+      possible &= k->v[members[j]][l] == 0 && k->x[members[j]][l] > -INFINITY;
+      k->v[members[j]][l] = 1;
+      ++size;
+    }
+    double value = 0;
+    for (int64_t i = 0; i < k->E; ++i) {
+      const double x = (k->x[i][l] - k->pivot[l]) - k->offset[l];
+      value += k->v[i][l] != 0 ? (x < 0 ? x : 0) : (x > 0 ? -x : 0);
+    }
+    value += k->lambda[l] * (size - k->base_size[l]) - normaliser[l] - log(k->total[l]);
+    if (!possible || size < k->a) value = -INFINITY;
+    write_(job->out, job->is_double, row + l, k->poison[l] ? (real)NAN : value);
+  }
+  return wanted;
+}
+
+static pm_status log_prob_rows(const pm_job *job) { return for_each_block(job, 1, NULL, log_prob_normalised); }
+
 #endif
 #endif

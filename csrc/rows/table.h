@@ -8,6 +8,7 @@ const pm_kernels PM_TABLE = {
     .cardinality = cardinality_rows,
     .cardinality_backward = cardinality_backward_rows,
     .entropy = entropy_rows,
+    .log_prob = log_prob_rows,
 #endif
     .marginals = marginals_rows,
     .covariance_vp = covariance_rows,

@@ -75,6 +75,32 @@ Tensor covariance_vp(Tensor logits, Tensor v, int64_t k_min, int64_t k_max) {
                 pm_subset_covariance_vp_f32, pm_subset_covariance_vp_f64);
 }
 
+Tensor log_prob(Tensor tensor, Tensor indices, int64_t k_min, int64_t k_max) {
+  const char *op = "subset_log_prob";
+  const Rows logits(op, "logits", tensor);
+  if (!logits.same_sizes(indices, k_max) || indices.scalar_type() != ScalarType::Long)
+    fail("probmoe_ext::", op, ": indices must be int64 with the shape of logits, with last dimension ", k_max);
+  const Tensor members = torch::stable::contiguous(indices);
+  const int64_t *at = static_cast<const int64_t *>(members.const_data_ptr());
+  for (int64_t n = 0; n < logits.rows * k_max; ++n)
+    if (at[n] < 0 || at[n] > logits.columns)
+      fail("probmoe_ext::", op, ": indices must lie in 0..E = ", logits.columns, " (E marks an unused slot), not ",
+           at[n]);
+  Tensor out = logits.like(std::nullopt);
+  dispatch(logits, [&](auto type) {
+    using T = decltype(type);
+    T *to = static_cast<T *>(out.mutable_data_ptr());
+    for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape &part, int64_t row, void *scratch) {
+      const T *from = logits.data<T>() + row * logits.stride;
+      if constexpr (sizeof(T) == 8)
+        return pm_subset_log_prob_f64(&part, from, at + row * k_max, to + row, scratch);
+      else
+        return pm_subset_log_prob_f32(&part, from, at + row * k_max, to + row, scratch);
+    });
+  });
+  return logits.finish(out);
+}
+
 template <class Call>
 Tensor choose(const char *op, const Tensor &tensor, int64_t k_min, int64_t k_max, const Call &call) {
   const Rows logits(op, "logits", tensor);
@@ -125,6 +151,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(probmoe_ext, m) {
   m.def("subset_marginals(Tensor logits, int k_min, int k_max) -> Tensor");
   m.def("subset_covariance_vp(Tensor logits, Tensor v, int k_min, int k_max) -> Tensor");
   m.def("subset_entropy(Tensor logits, int k_min, int k_max) -> Tensor");
+  m.def("subset_log_prob(Tensor logits, Tensor indices, int k_min, int k_max) -> Tensor");
   m.def("subset_sample(Tensor logits, Tensor seed, int k_min, int k_max) -> Tensor");
   m.def("subset_mode(Tensor logits, int k_min, int k_max) -> Tensor");
 }
@@ -136,6 +163,7 @@ STABLE_TORCH_LIBRARY_IMPL(probmoe_ext, CPU, m) {
   m.impl("subset_marginals", TORCH_BOX(&probmoe::marginals));
   m.impl("subset_covariance_vp", TORCH_BOX(&probmoe::covariance_vp));
   m.impl("subset_entropy", TORCH_BOX(&probmoe::entropy));
+  m.impl("subset_log_prob", TORCH_BOX(&probmoe::log_prob));
   m.impl("subset_sample", TORCH_BOX(&probmoe::sample));
   m.impl("subset_mode", TORCH_BOX(&probmoe::mode));
 }

@@ -93,13 +93,13 @@ def make_seed(seed: int | Tensor | None, logits: Tensor) -> Tensor:
 
 
 def launch(op: Callable[..., Any], *args: object) -> Any:
-    """Calls a raw operator; a row with too few unmasked experts is a ``ValueError`` that names it."""
+    """Calls a raw operator; what only the data can tell (a row, an index) is a ``ValueError`` too."""
     if torch.compiler.is_compiling():
         return op(*args)
     try:
         return op(*args)
     except RuntimeError as error:
         text = str(error)
-        if "fewer than k_min" not in text:
+        if "fewer than k_min" not in text and "indices must lie in" not in text:
             raise
         raise ValueError(text.partition("\n")[0].removeprefix("probmoe_ext::").partition(": ")[2]) from None

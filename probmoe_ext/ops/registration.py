@@ -50,3 +50,12 @@ def register(
 
     torch.library.register_vmap(qualified, vmap)
     return op
+
+
+def refuse_derivative(reason: str) -> Callable[..., Any]:
+    """A ``backward`` that says why there is none, in place of a gradient that would silently be missing."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{reason}; use probmoe_ext.reference for higher derivatives")
+
+    return backward

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the operators)
 from .arguments import Cardinality, check_band, check_logits, launch, make_seed
-from .registration import register
+from .registration import refuse_derivative, register
 
 Forward = Literal["sample", "topk"]
 Backward = Literal["marginal", "ste"]
@@ -23,6 +23,7 @@ def _slots(logits: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
 _backward = register(
     "route_probmoe_backward",
     lambda grad_weights, logits, indices, k_min, k_max, normalize, marginal: logits.new_empty(logits.shape),
+    refuse_derivative("routing is once differentiable"),
 )
 
 
@@ -115,7 +116,7 @@ def route_probmoe(
 
     Returns:
         ``(weights, indices)``, both ``[..., k_max]``: weights in the dtype of ``logits``, indices int64, ascending when
-        sampled and by descending weight otherwise. Unused slots carry index E and weight 0.
+        sampled and by descending logit otherwise. Unused slots carry index E and weight 0.
 
     Raises:
         TypeError: ``logits`` is no floating tensor, ``k`` no int or pair of ints, ``seed`` no int64.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the operators)
 from .arguments import Cardinality, check_band, check_indices, check_like, check_logits, launch, make_seed
-from .registration import register
+from .registration import refuse_derivative, register
 
 
 def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -76,7 +76,9 @@ def _cardinality_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 _cardinality = register("subset_cardinality", _cardinality_fake, _cardinality_backward, _save_logits)
 _cardinality_vjp = register(
-    "subset_cardinality_backward", lambda grad, logits, k_min, k_max: logits.new_empty(logits.shape)
+    "subset_cardinality_backward",
+    lambda grad, logits, k_min, k_max: logits.new_empty(logits.shape),
+    refuse_derivative("subset_cardinality is once differentiable"),
 )
 
 
@@ -199,6 +201,28 @@ def subset_entropy(logits: Tensor, k: Cardinality) -> Tensor:
     return launch(_entropy, logits, *check_band(k, logits.shape[-1]))
 
 
+def _save_subset(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, indices, ctx.k_min, ctx.k_max = inputs
+    ctx.save_for_backward(logits, indices, output)
+
+
+def _log_prob_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    logits, indices, log_prob = ctx.saved_tensors
+    # Unused slots fall into a column past the last expert, cut off again.
+    members = logits.new_zeros((*logits.shape[:-1], logits.shape[-1] + 1)).scatter(-1, indices, 1.0)[..., :-1]
+    gradient = members - _marginals(logits, ctx.k_min, ctx.k_max)
+    possible = (log_prob > -torch.inf) | log_prob.isnan()
+    return torch.where(possible, grad, 0.0).unsqueeze(-1) * gradient, None, None, None
+
+
+_log_prob = register(
+    "subset_log_prob",
+    lambda logits, indices, k_min, k_max: logits.new_empty(logits.shape[:-1]),
+    _log_prob_backward,
+    _save_subset,
+)
+
+
 def subset_log_prob(logits: Tensor, indices: Tensor, k: Cardinality) -> Tensor:
     """Log-probability of a subset, ``sum of logits over S - log Z``.
 
@@ -208,8 +232,8 @@ def subset_log_prob(logits: Tensor, indices: Tensor, k: Cardinality) -> Tensor:
         k: The size, or ``(k_min, k_max)``.
 
     Returns:
-        ``[...]``, in nats; -inf for a size outside the band, a masked or a repeated expert. Twice differentiable, with
-        gradient ``z - m`` where S has positive probability.
+        ``[...]``, in nats, computed in double precision as a sum of terms of one sign; -inf, with gradient 0, for a
+        size outside the band, a masked or a repeated expert. Twice differentiable, with gradient ``z - m``.
 
     Raises:
         TypeError: A tensor has the wrong dtype, or ``k`` is no int or pair of ints.
@@ -217,19 +241,9 @@ def subset_log_prob(logits: Tensor, indices: Tensor, k: Cardinality) -> Tensor:
             ``k_min`` unmasked experts.
     """
     check_logits(logits)
-    experts = logits.shape[-1]
-    k_min, k_max = check_band(k, experts)
+    k_min, k_max = check_band(k, logits.shape[-1])
     check_indices(indices, logits, k_max)
-    if not torch.compiler.is_compiling() and indices.numel() and not ((indices >= 0) & (indices <= experts)).all():
-        raise ValueError(f"indices must lie in 0..E = {experts} (E marks an unused slot)")
-    used = indices < experts
-    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
-    chosen = torch.where(used, wide.gather(-1, indices.clamp(max=experts - 1)), 0.0)
-    ordered = indices.sort(dim=-1).values
-    repeated = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < experts)).any(-1)
-    possible = (used.sum(-1) >= k_min) & ~repeated
-    log_prob = chosen.sum(-1) - subset_log_partition(wide, (k_min, k_max))
-    return torch.where(possible, log_prob, -torch.inf).to(logits.dtype)
+    return launch(_log_prob, logits, indices, k_min, k_max)
 
 
 # ---- draws --------------------------------------------------------------------------------------------------------
