@@ -44,7 +44,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def _words(seed: int, rows: Tensor, draws: int, purpose: int) -> Tensor:
-    """Return the 32-bit words ``[rows, draws]`` of one purpose: word ``t % 4`` of block ``t // 4`` belongs to draw t."""
+    """Return the 32-bit words ``[rows, draws]`` of one purpose: draw t has word ``t % 4`` of block ``t // 4``."""
     blocks = torch.arange((draws + 3) // 4, dtype=torch.int64, device=rows.device)
     row = rows[:, None]
     counter = (blocks, row & _WORD, (row >> 32) & _WORD, torch.full_like(blocks, purpose))
@@ -57,9 +57,9 @@ def philox_uniform(
 ) -> Tensor:
     """Uniforms in ``[0, 1)``: a pure function of seed, row, draw and purpose.
 
-    The key is the seed's low and high word, the counter ``(draw // 4, row low, row high, purpose)``. A float32 keeps the
-    leading 24 bits of its word; a float64 takes 32 bits from `purpose` and 21 more from ``purpose + 1``, so that the two
-    dtypes agree in their leading bits.
+    The key is the seed's low and high word, the counter ``(draw // 4, row low, row high, purpose)``. A float32 keeps
+    the leading 24 bits of its word; a float64 takes 32 bits from `purpose` and 21 more from ``purpose + 1``, so that
+    the two dtypes agree in their leading bits.
 
     Args:
         seed: an int in ``[-2**63, 2**64)``, or a scalar int64 tensor.

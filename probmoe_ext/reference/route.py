@@ -1,4 +1,4 @@
-"""Routing weights in plain torch: softmax top-k, and ProbMoE (arXiv 2606.01509) as MATH.md, section 2, defines it."""
+"""Routing weights in plain torch: softmax top-k, and ProbMoE (arXiv 2606.01509) by its defining expression."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probmoe_ext.reference.sample import subset_sample
 from probmoe_ext.reference.subset import subset_indicator, subset_marginals, subset_mode
-from probmoe_ext.reference.tilt import check_band, compute_dtype, poison
+from probmoe_ext.reference.tilt import check_band, check_unmasked, compute_dtype, poison
 
 
 def _softmax(r: Tensor) -> Tensor:
@@ -37,6 +37,7 @@ def route_top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor
         the lower index.
     """
     k, _ = check_band(k, logits.shape[-1])
+    check_unmasked(logits, k)
     probabilities = _softmax(compute_dtype(logits))
     weights, indices = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     weights, indices = weights[..., :k], indices[..., :k]

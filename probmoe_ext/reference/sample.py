@@ -1,4 +1,4 @@
-"""Exact sampling of subsets, as the compiled kernels do it, decision by decision (MATH.md, sections 1 and 6)."""
+"""Exact sampling of subsets, as the compiled kernels do it, decision by decision."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Subsets of experts under a cardinality constraint (conditional Bernoulli), in plain torch. Formulas: MATH.md, section 1.
+"""Subsets of experts under a cardinality constraint (the conditional Bernoulli law), in plain torch.
 
-Shapes: `logits` is ``[..., E]``; `k` an int or a pair ``(k_min, k_max)``; ``-inf`` masks an expert out. A row with NaN or
-``+inf`` gives NaN (and indices that stay in range); a row with fewer than k_min unmasked experts raises ValueError.
+Definitions follow ProbMoE (arXiv 2606.01509, section 3) and Chen, Dempster and Liu (Biometrika 81, 1994). `logits` is
+``[..., E]``; `k` an int or a pair ``(k_min, k_max)``; ``-inf`` masks an expert out. A row with NaN or ``+inf`` gives
+NaN (and indices that stay in range); a row with fewer than k_min unmasked experts raises ValueError.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from probmoe_ext.reference.tilt import (
     TiltedRows,
     check_band,
+    check_unmasked,
     compute_dtype,
     poison,
     prefix_table,
@@ -29,7 +31,7 @@ def _tilted(logits: Tensor, k: Band) -> tuple[TiltedRows, int, int]:
 
 
 def _sides(rows: TiltedRows) -> tuple[Tensor, Tensor]:
-    """Return which experts are above the tilt, and ``softplus(x) - above * x`` for each: no digits lost at large ``|x|``.
+    """Return which experts are above the tilt, and ``softplus(x) - above * x``: no digits lost at large ``|x|``.
 
     The sign is constant, and never 0, so that the derivative ``sigmoid(x) - above`` is right at ``x = 0`` as well.
     """
@@ -99,6 +101,7 @@ def subset_mode(logits: Tensor, k: Band) -> Tensor:
     """
     num_experts = logits.shape[-1]
     k_min, k_max = check_band(k, num_experts)
+    check_unmasked(logits, k_min)
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :k_max]
     size = (logits > 0).sum(-1, keepdim=True).clamp(k_min, k_max)
     return torch.where(torch.arange(k_max, device=logits.device) < size, order, num_experts)
@@ -131,7 +134,7 @@ def subset_log_prob(logits: Tensor, indices: Tensor, k: Band) -> Tensor:
 
 def subset_entropy(logits: Tensor, k: Band) -> Tensor:
     """``log Z - sum_i m_i r_i`` in nats, with ``0 * -inf = 0``; ``[...]``."""
-    rows, k_min, k_max = _tilted(logits, k)
+    rows, _, k_max = _tilted(logits, k)
     above, excess = _sides(rows)
     included, excluded = _inclusion(rows)
     last = prefix_table(rows)[..., -1, :]

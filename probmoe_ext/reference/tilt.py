@@ -1,8 +1,8 @@
 """Rows brought to scale: the tilt, the inclusion probabilities, and the two tables of the linear-domain recursion.
 
-With odds ``w = exp(r)`` and any real tilt ``t``, ``e_j(w) = exp(j t) e_j(w exp(-t))``; dividing by ``prod(1 + w exp(-t))``
-turns elementary symmetric polynomials into the probabilities of a Poisson-binomial count. Choosing ``t`` so that the
-expected count is the wanted one keeps everything inside range without logarithms (MATH.md, section 1).
+With odds ``w = exp(r)`` and any real tilt ``t``, ``e_j(w) = exp(j t) e_j(w exp(-t))``; dividing by the product of
+``1 + w exp(-t)`` turns elementary symmetric polynomials into the probabilities of a Poisson-binomial count. Choosing
+``t`` so that the expected count is the wanted one keeps everything inside range without logarithms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TiltedRows:
         q: ``[..., E]`` its complement, computed as ``sigmoid(-x)``.
         tilt: ``[..., 1]``.
         pivot: ``[..., 1]`` the size that the weights count from.
-        weights: ``[..., b + 1]`` for a count j in ``[a, b]``, ``exp(tilt * (j - pivot))``, at most 1; 0 outside the band.
+        weights: ``[..., b + 1]``, for a count j in ``[a, b]`` ``exp(tilt * (j - pivot))``, at most 1; 0 outside.
     """
 
     x: Tensor
@@ -46,6 +46,18 @@ def check_band(k: int | tuple[int, int], num_experts: int) -> tuple[int, int]:
     if not 0 <= k_min <= k_max <= num_experts:
         raise ValueError(f"k must satisfy 0 <= k_min <= k_max <= {num_experts} (the number of experts), got {k!r}")
     return k_min, k_max
+
+
+def check_unmasked(logits: Tensor, k_min: int) -> Tensor:
+    """Return how many experts each row leaves unmasked, ``[...]``, or raise if a row has fewer than `k_min`."""
+    available = (logits != -torch.inf).sum(-1)
+    if (available < k_min).any():
+        row = int((available.flatten() < k_min).nonzero()[0])
+        raise ValueError(
+            f"logits must leave at least k_min = {k_min} experts unmasked in every row, "
+            f"row {row} leaves {int(available.flatten()[row])}"
+        )
+    return available
 
 
 def compute_dtype(logits: Tensor) -> Tensor:
@@ -66,13 +78,7 @@ def poison(logits: Tensor) -> Tensor:
 def _solve_tilt(logits: Tensor, k_min: int, k_max: int) -> tuple[Tensor, Tensor]:
     """Return tilt and pivot: the expected count is brought to the point of the band nearest to the untilted one."""
     masked = logits == -torch.inf
-    available = (~masked).sum(-1)
-    if (available < k_min).any():
-        row = int((available.flatten() < k_min).nonzero()[0])
-        count = int(available.flatten()[row])
-        raise ValueError(
-            f"logits must leave at least k_min = {k_min} experts unmasked in every row, row {row} leaves {count}"
-        )
+    available = check_unmasked(logits, k_min)
     low = torch.where(masked, torch.inf, logits).amin(-1, keepdim=True) - _FAR
     high = logits.amax(-1, keepdim=True) + _FAR
     low, high = (torch.where(available.unsqueeze(-1) > 0, bound, 0) for bound in (low, high))
