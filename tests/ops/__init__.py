@@ -1,0 +1,7 @@
+"""Tests of the compiled ops. `SPECS` lists every op, family by family."""
+
+from __future__ import annotations
+
+from tests.ops import route_specs, subset_specs
+
+SPECS = [*subset_specs.SPECS, *route_specs.SPECS]
