@@ -3,8 +3,8 @@
  * Expert i contributes the factor (q_i + w_i X) to a polynomial whose coefficient of X^j is the tilted e_j:
  *     A_i[j] = q_i A_{i-1}[j] + w_i A_{i-1}[j-1]        prefix, experts 1..i
  *     B_i[j] = q_i B_{i+1}[j] + w_i B_{i+1}[j+1]        adjoint, experts E..i, from the weights of the sizes
- * "Plain" blocks have q_i = 1 and w_i = tilted odds, one multiply-add a cell; in "normalised" ones w_i = p_i and
- * q_i = 1 - p_i. Every function below takes `plain` as a constant and is inlined, so that neither pays for the other.
+ * "Plain" blocks have q_i = 1 and w_i = tilted odds, one multiply-add a cell; general ones have both scaled down
+ * (tilt.h). Every function below takes `plain` as a constant and is inlined, so that neither pays for the other.
  *
  * The prefix is kept for a segment of experts at a time, small enough for the cache; the rows before each segment are
  * its checkpoints, from which the way back recomputes it (one segment, when everything fits: then nothing is redone).
@@ -26,7 +26,7 @@ typedef struct block {
   vreal *x;           /* [E] logits */
   vreal *s;           /* [E] softmax of the logits */
   vreal *w;           /* [E] odds or inclusion probabilities */
-  vreal *q;           /* [E] 1 - p (normalised blocks) */
+  vreal *q;           /* [E] 1 - p (general blocks) */
   vreal *v;           /* [E] direction of the tangent, then results */
   vreal *direct;      /* [E] routing backward: the part of the gradient that needs no recursion */
   vreal *sizes;       /* [b + 1] weight of each size: 1 for exact k, exp(lambda (j - j0)) in a band, 0 below a */
@@ -42,7 +42,8 @@ typedef struct block {
   vreal sum;            /* sum of exp(x - largest) */
   vmask poison;         /* rows with a NaN, a +inf, or too few unmasked experts: computed as zeros, answered with NaN */
   vmask infeasible;     /* rows with too few unmasked experts */
-  vreal pivot, offset;  /* normalised blocks: lambda = pivot + offset */
+  vreal pivot, offset;  /* general blocks: lambda = pivot + offset */
+  int normalised;       /* general blocks: p_i and 1 - p_i, not scaled by the larger of 1 and the odds */
   double lambda[LANES]; /* the tilt */
   int base_size[LANES]; /* j0 */
 } block;
@@ -150,12 +151,11 @@ PM_ALWAYS_INLINE void prefix_range(const block *k, vreal *state, vreal *table, i
 #define PM_FOUR_FORMS(name, range, parameters, ...)                                                  \
   static __attribute__((noinline)) void name##_plain parameters { range(__VA_ARGS__, 1, 0) }         \
   static __attribute__((noinline)) void name##_plain_tangent parameters { range(__VA_ARGS__, 1, 1) } \
-  static __attribute__((noinline)) void name##_normalised parameters { range(__VA_ARGS__, 0, 0) }    \
-  static __attribute__((noinline)) void name##_normalised_tangent parameters { range(__VA_ARGS__, 0, 1) }
+  static __attribute__((noinline)) void name##_general parameters { range(__VA_ARGS__, 0, 0) }       \
+  static __attribute__((noinline)) void name##_general_tangent parameters { range(__VA_ARGS__, 0, 1) }
 
-#define PM_FORM(name, plain, tangent)                          \
-  ((plain) ? ((tangent) ? name##_plain_tangent : name##_plain) \
-           : ((tangent) ? name##_normalised_tangent : name##_normalised))
+#define PM_FORM(name, plain, tangent) \
+  ((plain) ? ((tangent) ? name##_plain_tangent : name##_plain) : ((tangent) ? name##_general_tangent : name##_general))
 
 #define PM_PREFIX(k, state, table, begin, end, plain, tangent)                         \
   switch ((k)->b) {                                                                    \

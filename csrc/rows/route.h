@@ -55,12 +55,11 @@ static void write_weights(const block *k, const pm_job *job, int64_t row, int la
   }
 }
 
-PM_ALWAYS_INLINE vmask route_sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
-                                         int plain) {
-  const vmask safe = sample_body(job, k, row, rows, wanted, plain);
+PM_ALWAYS_INLINE void route_sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                        int plain) {
+  sample_body(job, k, row, rows, wanted, plain);
   for (int l = 0; l < LANES && l < rows; ++l)
-    if (safe[l]) write_weights(k, job, row, l);
-  return safe;
+    if (wanted[l]) write_weights(k, job, row, l);
 }
 
 PM_ROW_KERNEL(route_sample, 1)
@@ -123,22 +122,19 @@ static void upstream(block *k, const pm_job *job, int64_t row, int64_t rows) {
   }
 }
 
-PM_ALWAYS_INLINE vmask route_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
-                                           int plain) {
+PM_ALWAYS_INLINE void route_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                          int plain) {
   const int64_t E = k->E;
   upstream(k, job, row, rows);
   vreal total = splat(0);
   for (int64_t i = 0; i < E; ++i) total += k->direct[i];
-  vmask safe = wanted;
   if (job->marginal) {
-    safe = covariance_in_place(k, wanted, plain);
-    if (!any(safe)) return safe;
+    covariance_in_place(k, plain);
     for (int64_t i = 0; i < E; ++i) k->v[i] = fma_(k->v[i], k->inverse_total, fma_(-k->s[i], total, k->direct[i]));
   } else {
     for (int64_t i = 0; i < E; ++i) k->v[i] = select_(k->poison, splat((real)NAN), fma_(-k->s[i], total, k->direct[i]));
   }
-  store_rows(k->v, safe, row, rows, E, job->out, job->is_double);
-  return safe;
+  store_rows(k->v, wanted, row, rows, E, job->out, job->is_double);
 }
 
 PM_ROW_KERNEL(route_backward, 2)

@@ -2,8 +2,8 @@
  *
  * A_i[j] is the (tilted) mass of the j-subsets of experts 1..i, that is, of those whose last member is at most i. So
  * with j members still to choose among experts 1..n, the last one is the smallest i with A_i[j] > u A_n[j]: inversion,
- * one uniform a member, by bisection, since A_i[j] does not decrease in i. In the normalised form A_i[j] carries the
- * product of (1 - p_1) .. (1 - p_i), and the same inversion is done by steps: expert i is passed over while
+ * one uniform a member, by bisection, since A_i[j] does not decrease in i. In the general forms A_i[j] carries the
+ * product q_1 .. q_i, and the same inversion is done by steps: expert i is passed over while
  * U < q_i A_{i-1}[j], with U divided by q_i each time. */
 #ifndef PM_ROWS_SAMPLE_H
 #define PM_ROWS_SAMPLE_H
@@ -109,17 +109,20 @@ static void choose_plain(const block *k, const vreal *table, int64_t begin, int6
   }
 }
 
-/* The same for one lane of a normalised block, expert by expert. */
-static void choose_normalised(const block *k, const vreal *table, int64_t begin, int l, walk *at, const vreal *u,
-                              int64_t *choice) {
+/* The same for one lane of a general block, expert by expert. */
+static void choose_general(const block *k, const vreal *table, int64_t begin, int l, walk *at, const vreal *u,
+                           int64_t *choice) {
   const int64_t cells = k->b + 1;
   while (at->left[l] > 0) {
     const int j = at->left[l];
     int64_t i;
     for (i = at->experts[l] - 1; i >= begin; --i) {
       const real q = k->q[i][l], mass = PM_MASS(i, j);
-      const int possible = k->w[i][l] * PM_MASS(i, j - 1) > 0;
-      if (possible && !(at->level[l] < q * mass)) break;
+      if (!(at->level[l] < q * mass)) {
+        if (k->w[i][l] * PM_MASS(i, j - 1) > 0) break;
+        at->level[l] = q * mass; /* an expert that cannot enter is passed over, whatever rounding said */
+      }
+      if (q == 1 && at->level[l] < mass) continue;
       at->level[l] = q > 0 ? at->level[l] / q : 0;
       if (!(at->level[l] < mass)) at->level[l] = mass * (1 - PM_REAL_HALF_ULP);
     }
@@ -161,15 +164,13 @@ PM_ALWAYS_INLINE void sample_block(block *k, const pm_job *job, int64_t row, int
     if (plain)
       choose_plain(k, k->table, begin, stop, &at, u, choice);
     else
-      for (int l = 0; l < LANES; ++l) choose_normalised(k, k->table, begin, l, &at, u, choice[l]);
+      for (int l = 0; l < LANES; ++l) choose_general(k, k->table, begin, l, &at, u, choice[l]);
   }
 }
 
-PM_ALWAYS_INLINE vmask sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+PM_ALWAYS_INLINE void sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
   prefix_all(k, plain, 0);
-  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
-  if (any(safe)) sample_block(k, job, row, rows, safe, plain);
-  return safe;
+  sample_block(k, job, row, rows, wanted, plain);
 }
 
 PM_ROW_KERNEL(sample, 1)

@@ -67,25 +67,22 @@ PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, int tangent) {
 
 /* ---- marginals ---------------------------------------------------------------------------------------------- */
 
-PM_ALWAYS_INLINE vmask marginals_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+PM_ALWAYS_INLINE void marginals_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
   prefix_all(k, plain, 0);
-  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
-  if (!any(safe)) return safe;
   memcpy(k->adjoint, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
   adjoint_all(k, plain, 0);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, safe, row, rows, k->E, job->out, job->is_double);
-  return safe;
+  store_rows(k->v, wanted, row, rows, k->E, job->out, job->is_double);
 }
 
 PM_ROW_KERNEL(marginals, 1)
 
 /* ---- covariance-vector product ------------------------------------------------------------------------------ */
 
-/* v -> C v in place, `total` included; false lanes of the result are not safe. For exact k, C 1 = 0: the direction is
+/* v -> C v in place, but for the factor inverse_total. For exact k, C 1 = 0: the direction is
  * centred first, which keeps the tangents small and with them the rounding. In the adjoint the tangent of 1 / Z is
  * folded in by starting from -(dZ/Z) times the sizes. */
-PM_ALWAYS_INLINE vmask covariance_in_place(block *k, vmask wanted, int plain) {
+PM_ALWAYS_INLINE void covariance_in_place(block *k, int plain) {
   const int64_t E = k->E;
   const int b = k->b;
   if (k->a == b) {
@@ -98,8 +95,6 @@ PM_ALWAYS_INLINE vmask covariance_in_place(block *k, vmask wanted, int plain) {
     for (int64_t i = 0; i < E; ++i) k->v[i] -= centre;
   }
   prefix_all(k, plain, 1);
-  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
-  if (!any(safe)) return safe;
   const vreal *end = prefix_end(k, 1);
   vreal slope = splat(0);
   for (int j = k->a; j <= b; ++j) slope = fma_(k->sizes[j], end[b + 1 + j], slope);
@@ -109,18 +104,14 @@ PM_ALWAYS_INLINE vmask covariance_in_place(block *k, vmask wanted, int plain) {
     k->adjoint[b + 1 + j] = -slope * k->sizes[j];
   }
   adjoint_all(k, plain, 1);
-  return safe;
 }
 
-PM_ALWAYS_INLINE vmask covariance_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
-                                       int plain) {
+PM_ALWAYS_INLINE void covariance_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
   const source v = {job->vector, k->E, job->is_double};
   load_rows(&v, row, rows, k->E, k->v);
-  const vmask safe = covariance_in_place(k, wanted, plain);
-  if (!any(safe)) return safe;
+  covariance_in_place(k, plain);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, safe, row, rows, k->E, job->out, job->is_double);
-  return safe;
+  store_rows(k->v, wanted, row, rows, k->E, job->out, job->is_double);
 }
 
 PM_ROW_KERNEL(covariance, 2)
@@ -128,9 +119,11 @@ PM_ROW_KERNEL(covariance, 2)
 /* ---- scalars of a row: double precision only ----------------------------------------------------------------- */
 #if PM_REAL_BITS == 64
 
-/* log prod (1 - p_i)^-1 over the experts, without the part max(x, 0) = r_i - lambda of those above the tilt. */
+/* Log of what the factors were divided by, without the part max(x, 0) = r_i - lambda of the experts above the tilt:
+ * the sum of log(1 + exp(-|x_i|)) where they are normalised, nothing where they are scaled. */
 static vreal log_normaliser(const block *k) {
   vreal result = splat(0), product = splat(1);
+  if (!k->normalised) return result;
   for (int64_t i = 0; i < k->E; ++i) {
     const vreal x = (k->x[i] - k->pivot) - k->offset;
     product *= splat(1) + exp_(select_((vmask)(x < splat(0)), x, -x));
@@ -142,10 +135,9 @@ static vreal log_normaliser(const block *k) {
   return result;
 }
 
-PM_ALWAYS_INLINE vmask log_partition_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
-                                          int plain) {
+PM_ALWAYS_INLINE void log_partition_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                         int plain) {
   prefix_all(k, plain, 0);
-  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
   vreal above = splat(0), lost = splat(0), count = splat(0), normaliser = splat(0);
   if (!plain) {
     /* log Z = j0 lambda + sum of (r_i - lambda) over r_i > lambda + log normaliser + log total: the logits above the
@@ -161,7 +153,7 @@ PM_ALWAYS_INLINE vmask log_partition_body(const pm_job *job, block *k, int64_t r
     normaliser = log_normaliser(k);
   }
   for (int l = 0; l < LANES && l < rows; ++l) {
-    if (!safe[l]) continue;
+    if (!wanted[l]) continue;
     double value = log(k->total[l]);
     if (plain)
       value += k->base_size[l] * k->lambda[l];
@@ -169,7 +161,6 @@ PM_ALWAYS_INLINE vmask log_partition_body(const pm_job *job, block *k, int64_t r
       value = above[l] + ((k->base_size[l] - count[l]) * k->lambda[l] + (lost[l] + normaliser[l] + value));
     write_(job->out, job->is_double, row + l, k->poison[l] ? (real)NAN : value);
   }
-  return safe;
 }
 
 PM_ROW_KERNEL(log_partition, 1)
@@ -179,27 +170,23 @@ static void size_probabilities(block *k, const vreal *end) {
   for (int j = k->a; j <= k->b; ++j) k->top[j - k->a] = k->sizes[j] * end[j] / k->total;
 }
 
-PM_ALWAYS_INLINE vmask cardinality_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
-                                        int plain) {
+PM_ALWAYS_INLINE void cardinality_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                       int plain) {
   const int64_t width = k->b - k->a + 1;
   prefix_all(k, plain, 0);
-  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
   size_probabilities(k, prefix_end(k, 0));
   for (int64_t j = 0; j < width; ++j) k->top[j] = select_(k->poison, splat((real)NAN), k->top[j]);
-  store_rows(k->top, safe, row, rows, width, job->out, job->is_double);
-  return safe;
+  store_rows(k->top, wanted, row, rows, width, job->out, job->is_double);
 }
 
 PM_ROW_KERNEL(cardinality, 1)
 
 /* sum_j g_j dP(j)/dr_i = w_i sum_j A_{i-1}[j] B_{i+1}[j+1] / Z with the sizes weighed by g_j - sum_j' g_j' P(j'). */
-PM_ALWAYS_INLINE vmask cardinality_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
-                                                 int plain) {
+PM_ALWAYS_INLINE void cardinality_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                                int plain) {
   const int64_t width = k->b - k->a + 1;
   const source grad = {job->vector, width, job->is_double};
   prefix_all(k, plain, 0);
-  const vmask safe = plain ? wanted & plain_is_safe(k) : wanted;
-  if (!any(safe)) return safe;
   size_probabilities(k, prefix_end(k, 0));
   vreal *g = k->adjoint + k->a, mean = splat(0);
   load_rows(&grad, row, rows, width, g);
@@ -208,15 +195,14 @@ PM_ALWAYS_INLINE vmask cardinality_backward_body(const pm_job *job, block *k, in
   for (int64_t j = 0; j < k->a; ++j) k->adjoint[j] = splat(0);
   adjoint_all(k, plain, 0);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, safe, row, rows, k->E, job->out, job->is_double);
-  return safe;
+  store_rows(k->v, wanted, row, rows, k->E, job->out, job->is_double);
 }
 
 PM_ROW_KERNEL(cardinality_backward, 1)
 
 /* H = log Z - sum m_i r_i, rearranged with x_i = r_i - lambda so that no two large terms meet:
  *   sum_i [log(1 + exp(-|x_i|)) + (x_i > 0 ? P(i not in S) x_i : -P(i in S) x_i)] + log total + lambda (j0 - E|S|). */
-static vmask entropy_normalised(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {
+static void entropy_general(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {
   prefix_all(k, 0, 0);
   const vreal *end = prefix_end(k, 0);
   vreal drift = splat(0); /* j0 - E|S| */
@@ -249,14 +235,13 @@ static vmask entropy_normalised(const pm_job *job, block *k, int64_t row, int64_
       const double value = spread[l] + normaliser[l] + log(k->total[l]) + k->lambda[l] * drift[l];
       write_(job->out, job->is_double, row + l, k->poison[l] ? (real)NAN : value);
     }
-  return wanted;
 }
 
-static pm_status entropy_rows(const pm_job *job) { return for_each_block(job, 1, NULL, entropy_normalised); }
+static pm_status entropy_rows(const pm_job *job) { return for_each_block(job, 1, NULL, entropy_general); }
 
 /* log P(S) = sum over S of r - log Z, with x_i = r_i - lambda and log Z as above:
  *   sum over S of min(x_i, 0) - sum over the others of max(x_i, 0) - log normaliser - log total + lambda (|S| - j0). */
-static vmask log_prob_normalised(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {
+static void log_prob_general(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {
   prefix_all(k, 0, 0);
   const vreal normaliser = log_normaliser(k);
   for (int l = 0; l < LANES && l < rows; ++l) {
@@ -279,10 +264,9 @@ static vmask log_prob_normalised(const pm_job *job, block *k, int64_t row, int64
     if (!possible || size < k->a) value = -INFINITY;
     write_(job->out, job->is_double, row + l, k->poison[l] ? (real)NAN : value);
   }
-  return wanted;
 }
 
-static pm_status log_prob_rows(const pm_job *job) { return for_each_block(job, 1, NULL, log_prob_normalised); }
+static pm_status log_prob_rows(const pm_job *job) { return for_each_block(job, 1, NULL, log_prob_general); }
 
 #endif
 #endif

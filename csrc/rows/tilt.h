@@ -1,21 +1,25 @@
 /* From logits to factors: which tilt lambda, and in which form.
  *
  * The recursion adds positive terms only, so any lambda gives full relative accuracy as long as nothing that matters
- * leaves the range of the type. Two forms share the work, and each row takes the first that is safe for it:
+ * leaves the range of the type. With x_i = r_i - lambda, each row takes the first form that is safe for it:
  *
- * Plain. lambda = logsumexp(r) - log kappa makes the odds kappa softmax(r), which routing needs anyway: no second exp.
- *   They sum to kappa <= k_max, so no coefficient exceeds exp(k_max). What underflows on the way is lost; it is at most
- *   E k_max exp(k_max) times the smallest normal number, and `plain_is_safe` asks that this be negligible beside Z
- *   even for a marginal of 1e-12. Logits of ordinary spread pass; peaked ones do not.
+ * Plain, 1 + exp(x_i) X. lambda = logsumexp(r) - log j0 makes the odds j0 softmax(r), which routing needs anyway: no
+ *   second exp, and one multiply-add a cell. They sum to j0 <= k_max, so no coefficient exceeds exp(k_max). What
+ *   underflows on the way is lost: at most E k_max exp(k_max) times the smallest normal number, to be negligible beside
+ *   Z even for a marginal of 1e-12. As e_j0 >= t^j0 when j0 odds reach t, counting them tells beforehand: logits of
+ *   ordinary spread pass, peaked ones do not.
  *
- * Normalised. Factors (1 - p_i) + p_i X with p_i = sigmoid(r_i - lambda) and lambda solving sum p = kappa to within
- * 1/2: then P(N = kappa) is of order 1 / sqrt(kappa) and nothing can leave the range, whatever the logits. The unknown
- *   is measured from the pivot r_(kappa), the kappa-th largest logit: differences to nearby logits are then exact, and
- *   the root lies in [-log(2 kappa), log E] (there the experts above the pivot count at least kappa - 1/2, and the ones
- *   from the pivot down less than one): a few safeguarded Newton steps reach it from any input.
+ * Scaled, each factor divided by its larger coefficient. lambda is the j0-th largest logit, so that the mode itself has
+ *   the product 1: Z >= 1 whatever the logits, and Z <= sum of C(E, j). No exponent is lost at either end, and the
+ *   differences to logits near lambda are exact.
  *
- * kappa = k for exact k; in a band, the expected size at lambda = 0 clamped to it (MATH: E_lambda[N] = clamp(E_0[N])),
- * and sizes are weighed by exp(lambda (j - j0)) <= 1, j0 the end of the band at which the clamp holds. */
+ * Normalised, 1 - p_i + p_i X with p_i = sigmoid(x_i), where C(E, k) would leave the range: lambda solves sum p = j0 to
+ *   within 1/2, then P(N = j0) is of order 1 / sqrt(j0). Measured from the pivot r_(j0), the j0-th largest logit, the
+ *   root lies in [-log(2 j0), log E] (there the experts above the pivot count at least j0 - 1/2, and those from the
+ *   pivot down less than one): a few safeguarded Newton steps reach it from any input.
+ *
+ * j0 = k for exact k. In a band lambda = 0 as long as the sizes that it favours are within; otherwise j0 is the end
+ * of the band on their side. Sizes are weighed by exp(lambda (j - j0)) <= 1. */
 #ifndef PM_ROWS_TILT_H
 #define PM_ROWS_TILT_H
 
@@ -75,36 +79,33 @@ static void weigh_sizes(block *k) {
 /* The plain form is worth trying for this k_max: exp(k_max) stays far inside the range. */
 PM_ALWAYS_INLINE int plain_is_possible(int b) { return b <= (PM_REAL_BITS == 32 ? PM_SINGLE_MAX_K : 256); }
 
-static void tilt_plain(block *k) {
+/* Returns the rows for which the plain form loses nothing. */
+static vmask tilt_plain(block *k) {
   const int64_t E = k->E;
   const int a = k->a, b = k->b;
-  vreal scale = splat((real)b);
+  /* 1 / (smallest promised marginal x its relative error) */
+  const double negligible = PM_REAL_BITS == 32 ? 1e17 : 1e27;
+  const double least = log((double)E * (b > 0 ? b : 1) * (double)PM_REAL_TINY * negligible) + b;
+  vreal scale = splat((real)b), needed = splat((real)b), odds = splat((real)(b > 0 ? exp(least / b) : 0));
   if (a < b || PM_REAL_BITS == 64) {
     for (int l = 0; l < LANES; ++l) {
       const double lse = (double)k->largest[l] + log((double)k->sum[l]);
       const int below = b == 0 || (a > 0 && lse <= log((double)a)), above = lse >= log((double)b);
-      if (a == b || below || above) {
-        const int size = below ? a : b;
-        k->lambda[l] = size > 0 ? lse - log((double)size) : 0;
-        k->base_size[l] = size;
-        scale[l] = (real)size;
-      } else {
-        k->lambda[l] = 0;
-        k->base_size[l] = a;
-        scale[l] = (real)exp(lse);
-      }
+      const int outside = a == b || below || above, size = outside && !below ? b : a;
+      k->lambda[l] = outside && size > 0 ? lse - log((double)size) : 0;
+      k->base_size[l] = size;
+      scale[l] = outside ? (real)size : (real)exp(lse);
+      needed[l] = (real)size;
+      odds[l] = size > 0 ? (real)exp(least / size) : 0;
     }
   }
-  for (int64_t i = 0; i < E; ++i) k->w[i] = k->s[i] * scale;
+  vreal enough = splat(0); /* experts with the odds that guarantee Z */
+  for (int64_t i = 0; i < E; ++i) {
+    k->w[i] = k->s[i] * scale;
+    enough += select_((vmask)(k->w[i] >= odds), splat(1), splat(0));
+  }
   weigh_sizes(k);
-}
-
-/* The rows for which the plain form has lost nothing, once `total` is known. */
-static vmask plain_is_safe(const block *k) {
-  const double negligible =
-      PM_REAL_BITS == 32 ? 1e17 : 1e27; /* 1 / (smallest promised marginal x its rounding error) */
-  const double least = (double)k->E * (k->b > 0 ? k->b : 1) * exp((double)k->b) * (double)PM_REAL_TINY * negligible;
-  return (vmask)(k->total >= splat((real)least));
+  return (vmask)(enough >= needed);
 }
 
 /* sigmoid(d - lambda), one minus it, and their sums over the experts. */
@@ -147,15 +148,37 @@ static void sort_largest(const block *k) {
   }
 }
 
+/* The largest coefficient of the scaled form stays as far inside the range as the plain form's threshold asks. */
+static int scaled_is_possible(const block *k) {
+  const double E = (double)k->E, b = k->b, largest = lgamma(E + 1) - lgamma(b + 1) - lgamma(E - b + 1);
+  return 2 * b <= E && largest + log(E * (b + 1)) < (PM_REAL_BITS == 32 ? 41.0 : 640.0);
+}
+
+static void tilt_scaled(block *k) {
+  const int64_t E = k->E;
+  vreal pivot = splat(0);
+  for (int l = 0; l < LANES; ++l) {
+    /* sizes favoured at lambda = 0: the mode's, the number of positive logits */
+    const int below = k->a > 0 && !(k->top[k->a - 1][l] > 0), above = k->b > 0 && k->top[k->b - 1][l] > 0;
+    k->base_size[l] = below && !above ? k->a : k->b;
+    if (k->b > 0 && (below || above || k->a == k->b)) pivot[l] = k->top[k->base_size[l] - 1][l];
+  }
+  for (int64_t i = 0; i < E; ++i) {
+    const vreal x = k->x[i] - pivot;
+    const vmask positive = (vmask)(x > splat(0));
+    const vreal e = exp_(select_(positive, -x, x));
+    k->w[i] = select_(positive, splat(1), e);
+    k->q[i] = select_(positive, e, splat(1));
+  }
+  k->pivot = pivot;
+  k->offset = splat(0);
+}
+
 static void tilt_normalised(block *k) {
   const int64_t E = k->E;
   const int a = k->a, b = k->b;
   const vreal zero = splat(0);
-  const vreal *top = k->top;
-  sort_largest(k);
-  if (b == 0) /* only the empty set: as if every expert were masked */
-    for (int64_t i = 0; i < E; ++i) k->x[i] = splat(-(real)INFINITY);
-  vreal pivot = zero, kappa = splat((real)b);
+  vreal pivot = zero, target = splat((real)b);
   vmask open = ~(vmask){0}; /* lanes whose tilt is still to be solved for */
   if (a < b) {
     vreal expected = zero, p, q;
@@ -164,15 +187,15 @@ static void tilt_normalised(block *k) {
       expected += p;
     }
     const vmask below = (vmask)(expected <= splat((real)a)), above = (vmask)(expected >= splat((real)b));
-    kappa = select_(below, splat((real)a), splat((real)b));
-    open = (below | above) & (vmask)(kappa > zero);
+    target = select_(below, splat((real)a), splat((real)b));
+    open = (below | above) & (vmask)(target > zero);
     for (int l = 0; l < LANES; ++l) k->base_size[l] = below[l] ? a : b;
   } else {
     for (int l = 0; l < LANES; ++l) k->base_size[l] = b;
-    open = (vmask)(kappa > zero);
+    open = (vmask)(target > zero);
   }
   for (int l = 0; l < LANES; ++l)
-    if (open[l]) pivot[l] = top[k->base_size[l] - 1][l];
+    if (open[l]) pivot[l] = k->top[k->base_size[l] - 1][l];
   vreal lambda = zero;
   if (any(open)) {
     vreal low = splat((real)-log(2.0 * b)), high = splat((real)log((double)E));
@@ -184,7 +207,7 @@ static void tilt_normalised(block *k) {
         mean += p;
         variance = fma_(p, q, variance);
       }
-      const vreal excess = mean - kappa;
+      const vreal excess = mean - target;
       moving &= ~((vmask)(excess <= splat((real)0.5)) & (vmask)(excess >= splat((real)-0.5)));
       low = select_((vmask)(excess > zero), max_(low, lambda), low);
       high = select_((vmask)(excess > zero), high, min_(high, lambda));
@@ -202,19 +225,30 @@ static void tilt_normalised(block *k) {
     lambda = select_(wrong, zero, lambda);
   }
   for (int64_t i = 0; i < E; ++i) logistic((k->x[i] - pivot) - lambda, &k->w[i], &k->q[i]);
-  for (int l = 0; l < LANES; ++l) k->lambda[l] = (double)pivot[l] + (double)lambda[l];
   k->pivot = pivot;
   k->offset = lambda;
+}
+
+/* For the rows that are not safe in the plain form. */
+static void tilt_general(block *k) {
+  if (k->b == 0) /* only the empty set: as if every expert were masked */
+    for (int64_t i = 0; i < k->E; ++i) k->x[i] = splat(-(real)INFINITY);
+  sort_largest(k);
+  k->normalised = !scaled_is_possible(k);
+  if (k->normalised)
+    tilt_normalised(k);
+  else
+    tilt_scaled(k);
+  for (int l = 0; l < LANES; ++l) k->lambda[l] = (double)k->pivot[l] + (double)k->offset[l];
   weigh_sizes(k);
 }
 
-/* Calls body(job, block, row, rows, wanted lanes) for every block of rows: first in the plain form, then, for the rows
- * that this was not safe for, in the normalised one. The body returns the rows that it has answered, and a row is
- * answered from its own numbers alone. */
-typedef vmask (*block_body)(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted);
+/* Calls body(job, block, row, rows, wanted lanes) for every block of rows: for those that are safe in the plain form,
+ * and for the others in a general one. Either way a row is answered from its own numbers alone. */
+typedef void (*block_body)(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted);
 
 PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, block_body plain_body,
-                                          block_body normalised_body) {
+                                          block_body general_body) {
   block k;
   block_begin(&k, job, width);
   vmask infeasible = {0};
@@ -225,27 +259,26 @@ PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, block_bo
     vmask wanted = {0};
     for (int l = 0; l < LANES && l < rows; ++l) wanted[l] = -1;
     if (plain_body && plain_is_possible(k.b)) {
-      tilt_plain(&k);
-      wanted &= ~plain_body(job, &k, row, rows, wanted);
+      const vmask safe = wanted & tilt_plain(&k);
+      if (any(safe)) plain_body(job, &k, row, rows, safe);
+      wanted &= ~safe;
     }
     if (any(wanted)) {
-      tilt_normalised(&k);
-      normalised_body(job, &k, row, rows, wanted);
+      tilt_general(&k);
+      general_body(job, &k, row, rows, wanted);
     }
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;
 }
 
 /* name_rows(job) from name_body(job, block, row, rows, wanted, plain). */
-#define PM_ROW_KERNEL(name, width)                                                                       \
-  static vmask name##_plain(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {      \
-    return name##_body(job, k, row, rows, wanted, 1);                                                    \
-  }                                                                                                      \
-  static vmask name##_normalised(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) { \
-    return name##_body(job, k, row, rows, wanted, 0);                                                    \
-  }                                                                                                      \
-  static pm_status name##_rows(const pm_job *job) {                                                      \
-    return for_each_block(job, width, name##_plain, name##_normalised);                                  \
-  }
+#define PM_ROW_KERNEL(name, width)                                                                   \
+  static void name##_plain(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {   \
+    name##_body(job, k, row, rows, wanted, 1);                                                       \
+  }                                                                                                  \
+  static void name##_general(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) { \
+    name##_body(job, k, row, rows, wanted, 0);                                                       \
+  }                                                                                                  \
+  static pm_status name##_rows(const pm_job *job) { return for_each_block(job, width, name##_plain, name##_general); }
 
 #endif
