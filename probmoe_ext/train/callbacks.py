@@ -1,0 +1,92 @@
+"""What a run writes while it goes on: metrics, a calm progress bar, the routing beside each checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from probmoe_ext.train.models import Routing, write_routing
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each of the Trainer's logs to a JSONL file, with step and seconds since the start.
+
+    Lines of steps that a resumed run repeats are taken out first, so the file reads like that of an uninterrupted run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Remember where to write."""
+        self.path = path
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep only the lines up to the step at which training starts."""
+        self.started = time.perf_counter()
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step] if state.global_step else []
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write one line."""
+        if not state.is_world_process_zero:
+            return
+        seconds = round(time.perf_counter() - self.started, 3)
+        line = {"step": state.global_step, "seconds": seconds, **(logs or {})}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class StepClock(TrainerCallback):
+    """Measures each optimizer step (forward, backward, update), in seconds; data, evaluation and saving are outside."""
+
+    def __init__(self) -> None:
+        """Start without measurements."""
+        self.seconds: list[float] = []
+        self._begun = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self._begun)
+
+
+class LossProgress(ProgressCallback):
+    """transformers' progress bar with the latest loss in it, in place of a printed line for each log."""
+
+    def __init__(self, description: str) -> None:
+        """Remember what to write before the bar."""
+        super().__init__()
+        self.description = description
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.description)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the loss in the bar."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+
+class RoutingBesideCheckpoints(TrainerCallback):
+    """Writes the routing into each checkpoint, so that a checkpoint is evaluated as it was trained."""
+
+    def __init__(self, routing: Routing) -> None:
+        """Remember the routing."""
+        self.routing = routing
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write it beside the checkpoint that was just saved."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            write_routing(folder, self.routing)

@@ -1,0 +1,270 @@
+"""Fine-tune a model with a router on question-answer pairs: `transformers.Trainer`, the loss on the answer only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from probmoe_ext.train.callbacks import LossProgress, MetricsFile, RoutingBesideCheckpoints, StepClock
+from probmoe_ext.train.data import Example, load_examples, split_holdout
+from probmoe_ext.train.encode import Encoded, PadRight, encode, pad_token
+from probmoe_ext.train.errors import UsageError
+from probmoe_ext.train.models import (
+    Routing,
+    apply_routing,
+    check_k,
+    check_model,
+    check_router,
+    load_config_of,
+    load_model,
+    pick_device,
+    set_experts,
+    write_routing,
+)
+from probmoe_ext.train.options import TrainConfig, load_config
+from probmoe_ext.train.protocols import PROMPTS
+from probmoe_ext.train.tiny import TINY_EXPERTS, TINY_OLMOE, build_tiny
+
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "train_config.json", "metrics.jsonl", "summary.json"
+PAPER_RATE, TINY_RATE = 1e-6, 3e-3
+TOKENIZER_EXAMPLES = 5000
+"""More text adds time, and hardly a piece to a vocabulary of a thousand."""
+
+
+class _Rows(Dataset[dict[str, list[int]]]):
+    def __init__(self, rows: list[dict[str, list[int]]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came out of a run; also written to ``summary.json``.
+
+    Attributes:
+        folder: the run's folder, which `AutoModelForCausalLM` can load.
+        routing: router and k, as text.
+        steps: optimizer steps in all.
+        train_loss: mean loss on completion tokens over the run's part in this process.
+        heldout_loss: loss on the held-out slice of the training data; None without one.
+        step_seconds: median time of an optimizer step in this process; None if it made none.
+        seconds: wall-clock time of training in this process.
+        examples: number of training examples.
+        shortened: completions that lost their end to `max_length`.
+        dropped: examples left out since their prompt alone reaches `max_length`.
+        parameters: the model's.
+        device: where it ran.
+    """
+
+    folder: str
+    routing: str
+    steps: int
+    train_loss: float | None
+    heldout_loss: float | None
+    step_seconds: float | None
+    seconds: float
+    examples: int
+    shortened: int
+    dropped: int
+    parameters: int
+    device: str
+
+
+def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Summary:
+    """Fine-tune, and leave model, tokenizer, settings, metrics and summary in the run's folder.
+
+    Args:
+        config: the settings.
+        resume: go on from the last checkpoint in the folder (from the start if there is none yet).
+        overwrite: delete an earlier run in the folder.
+        quiet: no progress bar.
+
+    Returns:
+        The summary of the run.
+
+    Raises:
+        UsageError: settings that do not fit together, the model or the data; nothing has been written then.
+    """
+    folder, routing = config.folder, Routing(config.router, config.k, config.router_options)
+    _check(config, folder, resume, overwrite)
+    device = pick_device(config.device)
+    examples = load_examples(config.data, "train")
+    training, heldout = split_holdout(examples, config.holdout)
+    training = training[: config.limit]
+    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    set_seed(config.seed)
+    model, tokenizer = _load(config, routing, training, checkpoint)
+    prompt = PROMPTS[config.prompt]
+    rows = encode(training, tokenizer, prompt, config.max_length)
+    heldout_rows = encode(heldout, tokenizer, prompt, config.max_length)
+
+    if overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+    clock = StepClock()
+    trainer = Trainer(
+        model=model,
+        args=_arguments(config, folder, len(rows.rows), device),
+        train_dataset=_Rows(rows.rows),
+        eval_dataset=_Rows(heldout_rows.rows) if heldout else None,
+        data_collator=PadRight(pad_token(tokenizer)),
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(folder / METRICS_FILE), RoutingBesideCheckpoints(routing), clock],
+    )
+    # Which of the two the Trainer installs depends on the logging level; ours takes the place of either.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if not quiet:
+        trainer.add_callback(LossProgress(str(routing)))
+    began = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - began
+    best = trainer.state.best_model_checkpoint
+    if config.select == "best" and best is not None:
+        # The Trainer's own loading knows the weights by their names in memory; on disk those of experts differ.
+        model.load_state_dict(load_model(best, routing, config.dtype, config.experts)[0].state_dict())
+    heldout_loss = trainer.evaluate()["eval_loss"] if heldout else None
+    trainer.save_model(str(folder))
+    write_routing(folder, routing)
+    summary = _summarize(
+        config, routing, trainer, model.num_parameters(), result.training_loss, heldout_loss, clock, seconds, rows
+    )
+    _write_json(folder / SUMMARY_FILE, dataclasses.asdict(summary))
+    return summary
+
+
+def load_run(folder: Path) -> TrainConfig:
+    """The settings of an earlier run.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise UsageError(f"{folder} holds no run to go on with (no {CONFIG_FILE})")
+    return load_config(TrainConfig, str(folder / CONFIG_FILE), {"output": str(folder)})
+
+
+def _check(config: TrainConfig, folder: Path, resume: bool, overwrite: bool) -> None:
+    check_router(config.router)
+    if config.model == TINY_OLMOE:
+        largest = config.k if isinstance(config.k, int) or config.k is None else config.k[1]
+        if largest is not None and largest > TINY_EXPERTS:
+            raise UsageError(f"--k {largest} is more than the {TINY_EXPERTS} experts of {TINY_OLMOE}")
+    else:
+        check_model(config.model)
+        check_k(load_config_of(config.model), config.k)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {str(folder)!r} is a file; give a folder")
+    if (folder / CONFIG_FILE).exists() and not (resume or overwrite):
+        raise UsageError(f"{folder} holds a run: use --resume {folder}, --overwrite, or another --output")
+
+
+def _load(config: TrainConfig, routing: Routing, training: list[Example], checkpoint: str | None) -> tuple[Any, Any]:
+    if checkpoint is not None:
+        model, tokenizer = load_model(checkpoint, routing, config.dtype, config.experts)
+    elif config.model == TINY_OLMOE:
+        prompt = PROMPTS[config.prompt]
+        text = load_examples(config.tokenizer_data, "train") if config.tokenizer_data else training
+        text = text[:TOKENIZER_EXAMPLES]
+        model, tokenizer = build_tiny((f"{prompt(one.question)} {one.answer}" for one in text), config.seed)
+        model.to(getattr(torch, config.dtype))
+        set_experts(model, config.experts)
+        apply_routing(model, routing)
+    else:
+        model, tokenizer = load_model(config.model, routing, config.dtype, config.experts)
+    if config.aux_loss is not None:
+        model.config.output_router_logits = config.aux_loss > 0
+        model.config.router_aux_loss_coef = model.router_aux_loss_coef = config.aux_loss
+    if config.gradient_checkpointing:
+        # Renamed within transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.config.use_cache = False
+    return model, tokenizer
+
+
+def _arguments(config: TrainConfig, folder: Path, examples: int, device: torch.device) -> TrainingArguments:
+    accumulation = (config.total_batch or config.batch_size) // config.batch_size
+    steps = config.max_steps or math.ceil(math.ceil(examples / (config.batch_size * accumulation)) * config.epochs)
+    rate = config.learning_rate
+    if rate is None:
+        rate = TINY_RATE if config.model == TINY_OLMOE else PAPER_RATE
+    strategy = "epoch" if config.save_steps is None else "steps"
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=rate,
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(steps * config.warmup),
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.autocast if config.autocast is not None else device.type == "cuda" and config.dtype == "float32",
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        logging_steps=config.log_steps,
+        save_strategy=strategy,
+        save_steps=config.save_steps or 500,
+        save_total_limit=config.keep,
+        eval_strategy=strategy if config.holdout else "no",
+        eval_steps=config.save_steps,
+        prediction_loss_only=True,
+        metric_for_best_model="eval_loss" if config.select == "best" else None,
+        greater_is_better=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        report_to=[],
+    )
+
+
+def _summarize(
+    config: TrainConfig,
+    routing: Routing,
+    trainer: Trainer,
+    parameters: int,
+    train_loss: float,
+    heldout_loss: float | None,
+    clock: StepClock,
+    seconds: float,
+    rows: Encoded,
+) -> Summary:
+    return Summary(
+        folder=str(config.folder),
+        routing=str(routing),
+        steps=trainer.state.global_step,
+        train_loss=train_loss if clock.seconds else None,
+        heldout_loss=heldout_loss,
+        step_seconds=statistics.median(clock.seconds) if clock.seconds else None,
+        seconds=seconds,
+        examples=len(rows.rows),
+        shortened=rows.shortened,
+        dropped=rows.dropped,
+        parameters=parameters,
+        device=str(trainer.args.device),
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
