@@ -10,10 +10,14 @@ from __future__ import annotations
 import torch as _torch  # noqa: F401  (the extension module needs torch's libraries loaded)
 
 from . import _C, ops, reference, routers
+from .ops import fallback as _fallback
 
 __version__ = "0.1.0"
 
 __all__ = ["build_info", "ops", "reference", "routers"]
+
+
+_fallback.register_fallbacks()
 
 
 def build_info() -> dict[str, object]:

@@ -63,11 +63,17 @@ Tensor route_probmoe_backward(Tensor grad_weights, Tensor tensor, Tensor indices
   return logits.finish(out);
 }
 
+Tensor route_top_k_backward(Tensor grad_weights, Tensor logits, Tensor indices, bool normalize) {
+  const int64_t k = indices.dim() ? indices.size(indices.dim() - 1) : 0;
+  return route_probmoe_backward(grad_weights, logits, indices, k, k, normalize, false);
+}
+
 }  // namespace
 }  // namespace probmoe
 
 STABLE_TORCH_LIBRARY_FRAGMENT(probmoe_ext, m) {
   m.def("route_top_k(Tensor logits, int k, bool normalize) -> (Tensor, Tensor)");
+  m.def("route_top_k_backward(Tensor grad_weights, Tensor logits, Tensor indices, bool normalize) -> Tensor");
   m.def(
       "route_probmoe(Tensor logits, Tensor? seed, int k_min, int k_max, bool sample, bool normalize, bool marginal)"
       " -> (Tensor, Tensor)");
@@ -78,6 +84,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(probmoe_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(probmoe_ext, CPU, m) {
   m.impl("route_top_k", TORCH_BOX(&probmoe::route_top_k));
+  m.impl("route_top_k_backward", TORCH_BOX(&probmoe::route_top_k_backward));
   m.impl("route_probmoe", TORCH_BOX(&probmoe::route_probmoe));
   m.impl("route_probmoe_backward", TORCH_BOX(&probmoe::route_probmoe_backward));
 }

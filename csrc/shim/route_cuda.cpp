@@ -16,19 +16,17 @@ std::tuple<Tensor, Tensor> route_top_k(Tensor logits, int64_t k, bool normalize)
   return {weights, indices};
 }
 
-Tensor route_backward(Tensor grad_weights, Tensor logits, Tensor indices, int64_t k_min, int64_t k_max, bool normalize,
-                      bool marginal) {
-  const char *op = "route_probmoe_backward";
-  if (marginal) fail("probmoe_ext::", op, ": the gradient through the marginals has no CUDA kernel yet");
+Tensor route_top_k_backward(Tensor grad_weights, Tensor logits, Tensor indices, bool normalize) {
+  const char *op = "route_top_k_backward";
+  const int64_t k = indices.dim() ? indices.size(indices.dim() - 1) : 0;
   const pm_dtype type = element_type(op, logits);
-  const pm_shape shape = rows_of(op, logits, k_min, k_max);
+  const pm_shape shape = rows_of(op, logits, k, k);
   const auto is_companion = [&](const Tensor &t) {
-    return t.dim() == logits.dim() && t.numel() == shape.rows * k_max &&
-           t.get_device_index() == logits.get_device_index();
+    return t.dim() == logits.dim() && t.numel() == shape.rows * k && t.get_device_index() == logits.get_device_index();
   };
   if (!is_companion(grad_weights) || !is_companion(indices) || indices.scalar_type() != ScalarType::Long)
     fail("probmoe_ext::", op, ": grad_weights and int64 indices must have the shape of logits, with last dimension ",
-         k_max);
+         k);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_weights, logits.scalar_type()));
   const Tensor chosen = torch::stable::contiguous(indices);
@@ -44,6 +42,6 @@ Tensor route_backward(Tensor grad_weights, Tensor logits, Tensor indices, int64_
 
 STABLE_TORCH_LIBRARY_IMPL(probmoe_ext, CUDA, m) {
   m.impl("route_top_k", TORCH_BOX(&probmoe::route_top_k));
-  m.impl("route_probmoe_backward", TORCH_BOX(&probmoe::route_backward));
+  m.impl("route_top_k_backward", TORCH_BOX(&probmoe::route_top_k_backward));
 }
 #endif

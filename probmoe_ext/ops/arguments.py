@@ -8,16 +8,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import _C
-
 Cardinality: TypeAlias = "int | tuple[int, int]"
 
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DEVICES = ("cpu", "meta")
-BUILT_WITH_CUDA = _C.build_info()["cuda"] is not None
+DEVICES = ("cpu", "cuda", "meta")
 
 
-def check_logits(logits: Tensor, *, has_cuda_kernel: bool = False) -> None:
+def check_logits(logits: Tensor) -> None:
     """Raises unless ``logits`` is a floating tensor ``[..., E]`` with E >= 1 on a device that has kernels."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a torch.Tensor, not {type(logits).__name__}")
@@ -27,14 +24,8 @@ def check_logits(logits: Tensor, *, has_cuda_kernel: bool = False) -> None:
         raise ValueError(
             f"logits must have shape [..., E] with E >= 1 experts in the last dimension, not {tuple(logits.shape)}"
         )
-    device = logits.device.type
-    if device in DEVICES or (device == "cuda" and has_cuda_kernel and BUILT_WITH_CUDA):
-        return
-    if device == "cuda" and has_cuda_kernel:
-        raise ValueError(
-            f"logits are on {logits.device}, but this build is for the CPU only; rebuild where nvcc is found"
-        )
-    raise ValueError(f"logits are on {logits.device}, but this operator has kernels for the CPU only; move them there")
+    if logits.device.type not in DEVICES:
+        raise ValueError(f"logits must be on the CPU or a CUDA device, not on {logits.device}")
 
 
 def check_band(k: Cardinality, num_experts: int) -> tuple[int, int]:

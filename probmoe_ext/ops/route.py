@@ -20,22 +20,29 @@ def _slots(logits: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
-_backward = register(
+_probmoe_vjp = register(
     "route_probmoe_backward",
     lambda grad_weights, logits, indices, k_min, k_max, normalize, marginal: logits.new_empty(logits.shape),
     refuse_derivative("routing is once differentiable"),
 )
 
 
+_top_k_vjp = register(
+    "route_top_k_backward",
+    lambda grad_weights, logits, indices, normalize: logits.new_empty(logits.shape),
+    refuse_derivative("routing is once differentiable"),
+)
+
+
 def _save_top_k(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, ctx.k, ctx.normalize = inputs
+    logits, _, ctx.normalize = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, output[1])
 
 
 def _top_k_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
     logits, indices = ctx.saved_tensors
-    return _backward(grad, logits, indices, ctx.k, ctx.k, ctx.normalize, False), None, None
+    return _top_k_vjp(grad, logits, indices, ctx.normalize), None, None
 
 
 _top_k = register("route_top_k", lambda logits, k, normalize: _slots(logits, k), _top_k_backward, _save_top_k)
@@ -49,7 +56,7 @@ def _save_probmoe(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _probmoe_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     logits, indices = ctx.saved_tensors
-    grad_logits = _backward(grad, logits, indices, ctx.k_min, ctx.k_max, ctx.normalize, ctx.marginal)
+    grad_logits = _probmoe_vjp(grad, logits, indices, ctx.k_min, ctx.k_max, ctx.normalize, ctx.marginal)
     return grad_logits, None, None, None, None, None, None
 
 
@@ -78,7 +85,7 @@ def route_top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor
         TypeError: ``logits`` is no floating tensor, or ``k`` no int.
         ValueError: ``k`` is out of range, or a row has fewer than ``k`` unmasked experts.
     """
-    check_logits(logits, has_cuda_kernel=True)
+    check_logits(logits)
     if not isinstance(k, int | torch.SymInt) or isinstance(k, bool):
         raise TypeError(f"k must be an int, not {k!r}")
     check_band(k, logits.shape[-1])
