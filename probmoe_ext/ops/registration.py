@@ -29,7 +29,7 @@ def register(
         unbatched: Positions of tensor arguments that all rows share (seeds), which ``vmap`` may not batch.
     """
     qualified = f"{NAMESPACE}::{name}"
-    op = getattr(getattr(torch.ops, NAMESPACE), name)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.library.register_fake(qualified, fake)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)

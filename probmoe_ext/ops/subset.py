@@ -176,8 +176,10 @@ def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality) -> Tensor:
 
 def _entropy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (logits,) = ctx.saved_tensors
-    direction = logits.detach().masked_fill(logits == -torch.inf, 0.0)
-    return -grad.unsqueeze(-1) * _covariance_vp(logits, direction, ctx.k_min, ctx.k_max), None, None
+    # In double precision as the value: the direction is the logits, whose size multiplies the rounding of C.
+    wide = logits.double()
+    slope = _covariance_vp(wide, wide.detach().masked_fill(wide == -torch.inf, 0.0), ctx.k_min, ctx.k_max)
+    return -grad.unsqueeze(-1) * slope.to(logits.dtype), None, None
 
 
 _entropy = register("subset_entropy", _per_row, _entropy_backward, _save_logits)
