@@ -84,18 +84,11 @@ def make_seed(seed: int | Tensor | None, logits: Tensor) -> Tensor:
 
 
 def launch(op: Callable[..., Any], *args: Any) -> Any:
-    """Calls a raw operator; what only the data can tell (a row, an index) is a ``ValueError`` too.
-
-    An operator whose derivative is registered from Python passes through Python again below autograd, which costs
-    several times the kernel at T = 1. Where nothing needs a gradient, the call goes below autograd at once.
-    """
+    """Calls an operator; what only the data can tell (a row, an index) is a ``ValueError`` too."""
     if torch.compiler.is_compiling():
         return op(*args)
     try:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return op(*args)
     except RuntimeError as error:
         text = str(error)
         if "fewer than k_min" not in text and "indices must lie in" not in text:

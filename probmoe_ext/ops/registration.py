@@ -1,4 +1,10 @@
-"""What every operator needs beside its kernels: a fake, its derivative, and a rule for ``vmap``."""
+"""What every operator needs beside its kernels: a fake, its derivative, a rule for ``vmap``, and a cheap way in.
+
+A derivative registered from Python sends each call through Python a second time, below autograd, which at T = 1 costs
+several times the kernel. In eager mode the same derivative is therefore attached by a ``torch.autograd.Function``, or
+the call goes below autograd at once where nothing needs a gradient; compilers and ``torch.func`` transforms see the
+registered operator. The floor that remains at T = 1 is the dispatcher's and the Function's own.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +24,31 @@ def register(
     setup_context: Callable[..., Any] | None = None,
     unbatched: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """Registers fake, autograd and vmap for a raw operator, and returns the operator.
+    """Registers fake, autograd and vmap for a raw operator.
 
     Args:
         name: The operator's name in the namespace.
         fake: Maps fake inputs to outputs of the right shapes and dtypes.
         backward: ``backward(ctx, *grads)``, composed of operators, so that it can be differentiated in its turn. None
             for an operator that has no derivative.
-        setup_context: Saves for ``backward`` what it needs.
+        setup_context: ``setup_context(ctx, inputs, output)`` saves for ``backward`` what it needs.
         unbatched: Positions of tensor arguments that all rows share (seeds), which ``vmap`` may not batch.
+
+    Returns:
+        The operator, to be called with positional arguments.
     """
     qualified = f"{NAMESPACE}::{name}"
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.library.register_fake(qualified, fake)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    torch.library.register_vmap(qualified, _vmap_rule(name, op, unbatched))
+    if backward is None:
+        return op
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    return _cheap_way_in(op, backward, setup_context)
 
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+
+def _vmap_rule(name: str, op: Callable[..., Any], unbatched: tuple[int, ...]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         moved = []
         for position, (argument, dim) in enumerate(zip(args, in_dims, strict=True)):
             if not isinstance(argument, Tensor) or position in unbatched:
@@ -48,8 +62,35 @@ def register(
         out = op(*moved)
         return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
 
-    torch.library.register_vmap(qualified, vmap)
-    return op
+    return rule
+
+
+def _cheap_way_in(
+    op: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with below_autograd():
+                output = op(*args)
+            if setup_context is not None:
+                setup_context(ctx, args, output)
+            return output
+
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+    attach: Callable[..., Any] = Eager.apply
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return attach(*args)
+        with below_autograd():
+            return op(*args)
+
+    return call
 
 
 def refuse_derivative(reason: str) -> Callable[..., Any]:
