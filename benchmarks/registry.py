@@ -70,6 +70,33 @@ def _indices_benchmark() -> Benchmark:
     return Benchmark("subset_log_prob", make(ops.subset_log_prob), make(reference.subset_log_prob), "plain torch")
 
 
+def _divergence_benchmark() -> Benchmark:
+    def make(function: Callable[..., object]) -> Make:
+        def bound(logits: Tensor, k: int) -> Run:
+            other = logits + torch.randn_like(logits)
+            return lambda: function(logits, other, k)
+
+        return bound
+
+    return Benchmark("subset_kl", make(ops.subset_kl), make(reference.subset_kl), "plain torch")
+
+
+def _by_parts(function: Callable[[Tensor, int], Tensor], rows: int) -> Make:
+    """Some rows at a time: the peer's tables for all rows at once would not fit the memory of a small machine."""
+    return lambda logits, k: lambda: torch.cat([function(part, k) for part in logits.split(rows)])
+
+
+def _simple(logits: Tensor, k: int) -> Run:
+    """SIMPLE as published: a k-hot draw whose gradient is that of log-space marginals (the draw here: multinomial)."""
+
+    def forward(x: Tensor) -> Tensor:
+        marginals = reference.subset_marginals_log_space(x, k)
+        drawn = torch.multinomial(torch.softmax(x.detach(), -1), k)
+        return torch.zeros_like(x).scatter(-1, drawn, 1.0) + marginals - marginals.detach()
+
+    return _backward(forward)(logits)
+
+
 def _vector_benchmark() -> Benchmark:
     def make(function: Callable[..., object]) -> Make:
         def bound(logits: Tensor, k: int) -> Run:
@@ -113,6 +140,19 @@ _ALL = (
     _subset("mode"),
     _vector_benchmark(),
     _indices_benchmark(),
+    Benchmark(
+        "subset_pairwise",
+        _reference(ops.subset_pairwise),
+        _by_parts(reference.subset_pairwise, 64),
+        "plain torch, 64 rows at a time",
+    ),
+    _divergence_benchmark(),
+    Benchmark(
+        "subset_indicator",
+        lambda logits, k: _backward(lambda x: ops.subset_indicator(x, k, seed=1))(logits),
+        _simple,
+        "SIMPLE in plain torch, forward + backward",
+    ),
 )
 
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}

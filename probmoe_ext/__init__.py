@@ -1,6 +1,7 @@
 """Probabilistic expert routing for mixture-of-experts models: exact operators, routers and the Hugging Face swap.
 
-``probmoe_ext.ops`` holds the differentiable operators, ``probmoe_ext.routers`` what turns hidden states into experts,
+``probmoe_ext.ops`` holds the differentiable operators, ``probmoe_ext.distributions`` the law as a
+``torch.distributions`` class, ``probmoe_ext.routers`` what turns hidden states into experts,
 ``probmoe_ext.hf`` the swap into Hugging Face models. Importing this package registers the operators; it needs neither
 transformers nor a GPU, and initialises no CUDA.
 """
@@ -9,12 +10,12 @@ from __future__ import annotations
 
 import torch as _torch  # noqa: F401  (the extension module needs torch's libraries loaded)
 
-from . import _C, ops, reference, routers
+from . import _C, distributions, ops, reference, routers
 from .ops import fallback as _fallback
 
 __version__ = "0.1.0"
 
-__all__ = ["build_info", "ops", "reference", "routers"]
+__all__ = ["build_info", "distributions", "ops", "reference", "routers"]
 
 
 _fallback.register_fallbacks()

@@ -15,6 +15,8 @@ def _same_start() -> Iterator[None]:
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.manual_seed(0)
+    # torch.compile switches this off for the whole process, for tests that come later as well.
+    torch.distributions.Distribution.set_default_validate_args(True)
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)

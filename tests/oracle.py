@@ -76,11 +76,33 @@ def covariance_vp(logits: Tensor, v: Tensor, band: Band) -> Tensor:
     return (covariance(logits, band) @ v.double().unsqueeze(-1)).squeeze(-1)
 
 
+def pairwise(logits: Tensor, band: Band) -> Tensor:
+    """``P(i, j in S)``, ``[..., E, E]``."""
+    z, p = probabilities(logits, band)
+    return z.t() @ (p.unsqueeze(-1) * z)
+
+
+def kl(p_logits: Tensor, q_logits: Tensor, band: Band) -> Tensor:
+    """``sum P (log P - log Q)`` over subsets that P allows, ``[...]``; ``+inf`` if Q forbids one of them."""
+    log_p, log_q = (torch.log_softmax(_scores(logits, band)[1], dim=-1) for logits in (p_logits, q_logits))
+    charged, forbidden = log_p > -torch.inf, log_q == -torch.inf
+    ratio = torch.where(charged & ~forbidden, log_p - log_q, 0.0)
+    value = (torch.where(charged, log_p, 0.0).exp() * ratio).sum(-1)
+    return torch.where((charged & forbidden).any(-1), torch.inf, value)
+
+
 def entropy(logits: Tensor, band: Band) -> Tensor:
     """``-sum P log P`` over subsets of positive probability, ``[...]``."""
     log_p = torch.log_softmax(_scores(logits, band)[1], dim=-1)
     finite = torch.where(log_p == -torch.inf, 0.0, log_p)
     return -torch.where(log_p == -torch.inf, 0.0, finite.exp() * finite).sum(-1)
+
+
+def straight_through(logits: Tensor, indices: Tensor, band: Band) -> Tensor:
+    """The 0/1 vectors ``[..., E]`` of `indices` ``[..., k_max]``, with the gradient of the marginals."""
+    z = torch.nn.functional.one_hot(indices, logits.shape[-1] + 1).sum(-2)[..., :-1].double()
+    m = marginals(logits, band)
+    return z + (m - m.detach())
 
 
 def log_prob(logits: Tensor, indices: Tensor, band: Band) -> Tensor:

@@ -19,6 +19,7 @@ from .subset import (
     subset_mode,
     subset_sample,
 )
+from .subset_derived import subset_indicator, subset_kl, subset_pairwise
 
 __all__ = [
     "route_probmoe",
@@ -26,9 +27,12 @@ __all__ = [
     "subset_cardinality",
     "subset_covariance_vp",
     "subset_entropy",
+    "subset_indicator",
+    "subset_kl",
     "subset_log_partition",
     "subset_log_prob",
     "subset_marginals",
     "subset_mode",
+    "subset_pairwise",
     "subset_sample",
 ]

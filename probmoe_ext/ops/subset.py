@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the operators)
+from .. import _C, reference  # noqa: F401  (_C registers the operators)
 from .arguments import Cardinality, check_band, check_indices, check_like, check_logits, launch, make_seed
 from .registration import refuse_derivative, register
 
@@ -109,18 +109,22 @@ def _marginals_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _save_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    logits, _, ctx.k_min, ctx.k_max = inputs
-    ctx.save_for_backward(logits)
+    logits, v, ctx.k_min, ctx.k_max = inputs
+    ctx.save_for_backward(logits, v)
 
 
 def _covariance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    (logits,) = ctx.saved_tensors
+    logits, v = ctx.saved_tensors
+    grad_logits = grad_v = None
     if ctx.needs_input_grad[0]:
-        raise RuntimeError(
-            "subset_covariance_vp is not differentiable with respect to logits (that would be a third derivative of "
-            "log Z); detach them, or differentiate probmoe_ext.reference.subset_covariance_vp"
-        )
-    return None, _covariance_vp(logits, grad, ctx.k_min, ctx.k_max), None, None
+        # A third derivative of log Z, asked for by second derivatives of the entropy alone: no kernel of its own.
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            product = reference.subset_covariance_vp(leaf, v.detach(), (ctx.k_min, ctx.k_max))
+            (grad_logits,) = torch.autograd.grad(product, leaf, grad.detach())
+    if ctx.needs_input_grad[1]:
+        grad_v = _covariance_vp(logits, grad, ctx.k_min, ctx.k_max)
+    return grad_logits, grad_v, None, None
 
 
 _marginals = register("subset_marginals", _per_expert, _marginals_backward, _save_logits)
@@ -160,7 +164,7 @@ def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality) -> Tensor:
         k: The size, or ``(k_min, k_max)``.
 
     Returns:
-        ``[..., E]``. Linear in ``v`` and differentiable with respect to it; not with respect to ``logits``.
+        ``[..., E]``. Differentiable: in ``v`` by itself, in ``logits`` (a third derivative of log Z) in plain torch.
 
     Raises:
         TypeError: ``logits`` or ``v`` is no floating tensor, or ``k`` no int or pair of ints.
@@ -178,7 +182,7 @@ def _entropy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (logits,) = ctx.saved_tensors
     # In double precision as the value: the direction is the logits, whose size multiplies the rounding of C.
     wide = logits.double()
-    slope = _covariance_vp(wide, wide.detach().masked_fill(wide == -torch.inf, 0.0), ctx.k_min, ctx.k_max)
+    slope = _covariance_vp(wide, wide.masked_fill(wide == -torch.inf, 0.0), ctx.k_min, ctx.k_max)
     return -grad.unsqueeze(-1) * slope.to(logits.dtype), None, None
 
 
@@ -193,7 +197,8 @@ def subset_entropy(logits: Tensor, k: Cardinality) -> Tensor:
         k: The size, or ``(k_min, k_max)``.
 
     Returns:
-        ``[...]``, computed in double precision term by term, so that nothing cancels. Its gradient is ``-C r``.
+        ``[...]``, computed in double precision term by term, so that nothing cancels. Twice differentiable: its
+        gradient is ``-C r``.
 
     Raises:
         TypeError: ``logits`` is no floating tensor, or ``k`` no int or pair of ints.
@@ -261,7 +266,9 @@ _mode = register(
 )
 
 
-def subset_sample(logits: Tensor, k: Cardinality, seed: int | Tensor | None = None) -> Tensor:
+def subset_sample(
+    logits: Tensor, k: Cardinality, seed: int | Tensor | None = None, num_samples: int | None = None
+) -> Tensor:
     """An exact draw of S: its size from :func:`subset_cardinality`, then its members, by inversion.
 
     Args:
@@ -269,17 +276,24 @@ def subset_sample(logits: Tensor, k: Cardinality, seed: int | Tensor | None = No
         k: The size, or ``(k_min, k_max)``.
         seed: None draws one from torch's generator; an int or an int64 scalar tensor makes the call pure. Rows draw
             independently, counted by their index (Philox4x32-10), whatever the number of threads.
+        num_samples: How many independent draws of each row; None is one, without a dimension of its own.
 
     Returns:
-        int64 ``[..., k_max]``, ascending, unused slots at E. Not differentiable.
+        int64 ``[..., k_max]``, or ``[num_samples, ..., k_max]``, ascending, unused slots at E. Not differentiable.
 
     Raises:
         TypeError: ``logits`` is no floating tensor, ``k`` no int or pair of ints, ``seed`` no int64.
-        ValueError: ``k`` is out of range, the seed is on another device, or a row has fewer than ``k_min`` unmasked
-            experts.
+        ValueError: ``k`` is out of range, ``num_samples`` is negative, the seed is on another device, or a row has
+            fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
     k_min, k_max = check_band(k, logits.shape[-1])
+    if num_samples is not None:
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int | torch.SymInt):
+            raise TypeError(f"num_samples must be None or an int, not {num_samples!r}")
+        if num_samples < 0:
+            raise ValueError(f"num_samples must be at least 0, not {num_samples}")
+        logits = logits.expand(num_samples, *logits.shape)
     return launch(_sample, logits, make_seed(seed, logits), k_min, k_max)
 
 

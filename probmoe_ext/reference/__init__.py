@@ -22,6 +22,7 @@ from probmoe_ext.reference.subset import (
     subset_marginals,
     subset_mode,
 )
+from probmoe_ext.reference.subset_derived import subset_indicator, subset_kl, subset_pairwise
 
 __all__ = [
     "philox4x32",
@@ -31,10 +32,13 @@ __all__ = [
     "subset_cardinality",
     "subset_covariance_vp",
     "subset_entropy",
+    "subset_indicator",
+    "subset_kl",
     "subset_log_partition",
     "subset_log_prob",
     "subset_marginals",
     "subset_marginals_log_space",
     "subset_mode",
+    "subset_pairwise",
     "subset_sample",
 ]
