@@ -7,6 +7,7 @@ Environment: ``PROBMOE_CUDA=0`` leaves the CUDA kernels out, ``PROBMOE_CUDA=1`` 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -31,12 +32,22 @@ DEBUG = os.environ.get("PROBMOE_DEBUG", "0") == "1"
 OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
 # Contraction is explicit in the core (rows/simd.h): the compiler must not add any, or results would depend on it.
 C_FLAGS = ["-std=c17", *OPTIMISE, "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# isa/begin.h sets these targets by pragma, but clang's does not define the feature macros that rows/simd.h asks for.
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"],
+}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 CXX_FLAGS = ["-std=c++20", *OPTIMISE, "-fvisibility=hidden", "-Wall"]
 DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def sources(folder: str, pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(pattern))
+
+
+def isa_flags(unit: str) -> list[str]:
+    return ISA_FLAGS.get(Path(unit).stem.partition("_")[0], []) if X86 else []
 
 
 def find_nvcc() -> str | None:
@@ -138,7 +149,7 @@ class BuildCore(build_clib):
                     [unit],
                     output_dir=self.build_temp,
                     include_dirs=build["include_dirs"],
-                    extra_postargs=build["cflags"],
+                    extra_postargs=[*build["cflags"], *isa_flags(unit)],
                     depends=build["obj_deps"][""],
                 )
 

@@ -21,6 +21,9 @@
  *   call it for ranges of rows with `first_row` set to the number of the range's first row: results, samples
  *   included, depend on the row's number and its logits alone, never on the split.
  *
+ * RANGE
+ *   Logits up to 1e300 in magnitude; beyond it the sums that log Z is made of overflow in double precision.
+ *
  * STATUS
  *   PM_OK: every output element is written. PM_INFEASIBLE: some row has fewer than k_min experts above -inf;
  *   that row's outputs are NaN (indices: 0, 1, 2, ...), all other rows are as with PM_OK. Any other status:
@@ -87,7 +90,8 @@ typedef struct pm_shape {
 /* Scratch bytes that suffice for every function at this E and k_max, whatever the number of rows. */
 size_t pm_scratch_size(int64_t experts, int64_t k_max);
 
-/* Number (0-based, within the range) of the first row with fewer than k_min unmasked experts; -1 if there is none. */
+/* Number (0-based, within the range) of the first row with fewer than k_min unmasked experts; -1 if there is none.
+ * No argument may be NULL; the shape must be one that the other functions accept. */
 int64_t pm_infeasible_row_f32(const pm_shape *shape, const float *logits);
 int64_t pm_infeasible_row_f64(const pm_shape *shape, const double *logits);
 

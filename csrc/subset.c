@@ -102,8 +102,7 @@ PM_SAMPLE(f64, double, 1)
 
 /* Before the kernel, which indexes by them: a bad index must not be read through. */
 static pm_status check_indices(const pm_shape *shape, const int64_t *indices) {
-  if (!shape || shape->rows <= 0 || shape->k_max <= 0) return PM_OK;
-  if (!indices) return PM_NULL_POINTER;
+  if (shape->rows * shape->k_max > 0 && !indices) return PM_NULL_POINTER;
   for (int64_t n = 0; n < shape->rows * shape->k_max; ++n)
     if (indices[n] < 0 || indices[n] > shape->experts) return PM_BAD_INDEX;
   return PM_OK;
@@ -112,7 +111,8 @@ static pm_status check_indices(const pm_shape *shape, const int64_t *indices) {
 #define PM_LOG_PROB(suffix, type, type_is_double)                                                                     \
   pm_status pm_subset_log_prob_##suffix(const pm_shape *shape, const type *logits, const int64_t *indices, type *out, \
                                         void *scratch) {                                                              \
-    const pm_status legal = check_indices(shape, indices);                                                            \
+    pm_status legal = pm_check(shape, logits, out, scratch);                                                          \
+    if (legal == PM_OK) legal = check_indices(shape, indices);                                                        \
     if (legal != PM_OK) return legal;                                                                                 \
     PM_RUN(log_prob, type_is_double, 1, .indices = indices, .out = out);                                              \
   }

@@ -78,6 +78,12 @@ PM_ALWAYS_INLINE int draw_size(const block *k, const vreal *end, int lane, uint6
   return last;
 }
 
+/* U = u A, below A even where a subnormal product rounds up to it. */
+PM_ALWAYS_INLINE real level_of(real u, real mass) {
+  const real level = u * mass;
+  return level < mass ? level : 0;
+}
+
 #define PM_MASS(i, j) table[((i) - begin) * cells + (j)][l] /* A_i[j] of lane l, i experts passed */
 
 /* The lanes' members among the experts of one segment, last first, into choice[left - 1]: bisection. `table` holds the
@@ -104,7 +110,7 @@ static void choose_plain(const block *k, const vreal *table, int64_t begin, int6
       if (!(open >> l & 1)) continue;
       const int j = --at->left[l];
       choice[l][j] = low[l];
-      if (j > 0) at->level[l] = u[at->size[l] - j][l] * PM_MASS(low[l], j);
+      if (j > 0) at->level[l] = level_of(u[at->size[l] - j][l], PM_MASS(low[l], j));
     }
   }
 }
@@ -130,7 +136,7 @@ static void choose_general(const block *k, const vreal *table, int64_t begin, in
     if (i < begin) return;
     choice[j - 1] = i;
     at->left[l] = j - 1;
-    if (j > 1) at->level[l] = u[at->size[l] - (j - 1)][l] * PM_MASS(i, j - 1);
+    if (j > 1) at->level[l] = level_of(u[at->size[l] - (j - 1)][l], PM_MASS(i, j - 1));
   }
 }
 #undef PM_MASS
@@ -156,7 +162,7 @@ PM_ALWAYS_INLINE void sample_block(block *k, const pm_job *job, int64_t row, int
     if (!drawable) continue;
     at.experts[l] = k->E;
     at.left[l] = at.size[l] = size;
-    at.level[l] = size > 0 ? u[0][l] * end[size][l] : 0;
+    at.level[l] = size > 0 ? level_of(u[0][l], end[size][l]) : 0;
   }
   for (int64_t s = k->segments - 1; s >= 0; --s) {
     const int64_t begin = s * k->segment, stop = s + 1 == k->segments ? k->E : begin + k->segment;

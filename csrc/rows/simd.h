@@ -21,12 +21,14 @@
 #if PM_REAL_BITS == 32
 typedef float real;
 typedef int32_t bits;
+typedef uint32_t pattern;
 #define PM_REAL_TINY 0x1p-126f /* smallest normal number */
 #define PM_REAL_HALF_ULP 0x1p-24f
 #define PM_MANTISSA_BITS 23
 #else
 typedef double real;
 typedef int64_t bits;
+typedef uint64_t pattern;
 #define PM_REAL_TINY 0x1p-1022
 #define PM_REAL_HALF_ULP 0x1p-53
 #define PM_MANTISSA_BITS 52
@@ -36,6 +38,7 @@ enum { LANES = PM_VECTOR_BYTES / (PM_REAL_BITS / 8) };
 
 typedef real vreal __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES)));
 typedef bits vmask __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES))); /* 0 or -1 a lane */
+typedef pattern vpattern __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES)));
 
 /* The three operations that C's vector types do not spell. max(a, b) and min(a, b) return b where either is NaN. */
 #if PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
@@ -156,8 +159,9 @@ PM_ALWAYS_INLINE vreal exp_(vreal x) {
   y = fma_(y, r, splat((real)0.5));
   y = fma_(y, r, splat(1));
   y = fma_(y, r, splat(1));
-  const vmask power = ((vmask)shifted - (vmask)splat(round)) << PM_MANTISSA_BITS;
-  return (vreal)(~vanishes & ((vmask)y + power));
+  /* Unsigned: where the result vanishes the exponent wraps, and is masked out. */
+  const vpattern power = ((vpattern)shifted - (vpattern)splat(round)) << PM_MANTISSA_BITS;
+  return (vreal)(~(vpattern)vanishes & ((vpattern)y + power));
 }
 
 /* Rows in, lanes out: x[i] lane l = element i of row l of the block. Lanes past the last row repeat it. */

@@ -135,6 +135,15 @@ static vreal log_normaliser(const block *k) {
   return result;
 }
 
+/* above + n pivot + rest, where the first two may be large and opposite: their sum's and product's rounding errors
+ * are exact by Knuth's two-sum and the fused multiply-add, and go with the small rest. */
+static double sum_of(double above, double n, double pivot, double rest) {
+  const double product = n * pivot, product_error = fma(n, pivot, -product);
+  const double sum = above + product, back = sum - above;
+  const double sum_error = (above - (sum - back)) + (product - back);
+  return sum + (sum_error + product_error + rest);
+}
+
 PM_ALWAYS_INLINE void log_partition_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                          int plain) {
   prefix_all(k, plain, 0);
@@ -158,7 +167,8 @@ PM_ALWAYS_INLINE void log_partition_body(const pm_job *job, block *k, int64_t ro
     if (plain)
       value += k->base_size[l] * k->lambda[l];
     else
-      value = above[l] + ((k->base_size[l] - count[l]) * k->lambda[l] + (lost[l] + normaliser[l] + value));
+      value = sum_of(above[l], k->base_size[l] - count[l], k->pivot[l],
+                     (k->base_size[l] - count[l]) * k->offset[l] + lost[l] + normaliser[l] + value);
     write_(job->out, job->is_double, row + l, k->poison[l] ? (real)NAN : value);
   }
 }
