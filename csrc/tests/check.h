@@ -10,15 +10,15 @@ extern long passed, failed;
 extern int quick; /* fewer repetitions: under valgrind */
 
 /* Counts; says where and what on failure, up to a limit. Further arguments are printed as by printf. */
-#define CHECK(condition, ...)                             \
-  do {                                                    \
-    if (condition)                                        \
-      ++passed;                                           \
-    else if (++failed <= 40) {                            \
+#define CHECK(condition, ...)                                \
+  do {                                                       \
+    if (condition)                                           \
+      ++passed;                                              \
+    else if (++failed <= 40) {                               \
       printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      printf(__VA_ARGS__);                                \
-      printf("\n");                                       \
-    }                                                     \
+      printf(__VA_ARGS__);                                   \
+      printf("\n");                                          \
+    }                                                        \
   } while (0)
 
 /* `bytes` at `misalign` past a 64-byte boundary, between canaries, filled with 0xA5; freed by `end_guard`, which
@@ -36,12 +36,12 @@ int untouched(const void *data, size_t bytes);
 typedef struct batch {
   call c;
   int is_double;
-  const operator *op;
+  const operation *op;
   guard logits, vector, indices, out, out_indices, scratch;
 } batch;
 
 /* Allocates for `op`. Inputs are given the values 0, indices E (unused). */
-void begin_batch(batch *b, const operator *op, int is_double, pm_shape shape);
+void begin_batch(batch *b, const operation *op, int is_double, pm_shape shape);
 /* Runs and checks that nothing was written outside the outputs. */
 pm_status run_batch(batch *b);
 void end_batch(batch *b);
@@ -65,6 +65,7 @@ void test_values(void);
 void test_edges(void);
 void test_status(void);
 void test_layout(void);
+void test_large(void);
 void test_sampling(void);
 uint64_t digest(void);
 

@@ -2,44 +2,44 @@
 
 #include <math.h>
 
-#define UNARY(name)                                                                        \
-  static pm_status name##_f32(const call *c) {                                             \
-    return pm_subset_##name##_f32(&c->shape, c->logits, c->out, c->scratch);               \
-  }                                                                                        \
-  static pm_status name##_f64(const call *c) {                                             \
-    return pm_subset_##name##_f64(&c->shape, c->logits, c->out, c->scratch);               \
+#define UNARY(name)                                                          \
+  static pm_status name##_f32(const call *c) {                               \
+    return pm_subset_##name##_f32(&c->shape, c->logits, c->out, c->scratch); \
+  }                                                                          \
+  static pm_status name##_f64(const call *c) {                               \
+    return pm_subset_##name##_f64(&c->shape, c->logits, c->out, c->scratch); \
   }
 UNARY(log_partition)
 UNARY(cardinality)
 UNARY(marginals)
 UNARY(entropy)
 
-#define BINARY(name, second)                                                               \
-  static pm_status name##_f32(const call *c) {                                             \
-    return pm_subset_##name##_f32(&c->shape, c->logits, c->second, c->out, c->scratch);    \
-  }                                                                                        \
-  static pm_status name##_f64(const call *c) {                                             \
-    return pm_subset_##name##_f64(&c->shape, c->logits, c->second, c->out, c->scratch);    \
+#define BINARY(name, second)                                                            \
+  static pm_status name##_f32(const call *c) {                                          \
+    return pm_subset_##name##_f32(&c->shape, c->logits, c->second, c->out, c->scratch); \
+  }                                                                                     \
+  static pm_status name##_f64(const call *c) {                                          \
+    return pm_subset_##name##_f64(&c->shape, c->logits, c->second, c->out, c->scratch); \
   }
 BINARY(cardinality_backward, vector)
 BINARY(covariance_vp, vector)
 BINARY(log_prob, indices)
 
-#define SELECTION(suffix)                                                                  \
-  static pm_status sample_##suffix(const call *c) {                                        \
+#define SELECTION(suffix)                                                                        \
+  static pm_status sample_##suffix(const call *c) {                                              \
     return pm_subset_sample_##suffix(&c->shape, c->logits, c->seed, c->out_indices, c->scratch); \
-  }                                                                                        \
-  static pm_status mode_##suffix(const call *c) {                                          \
-    return pm_subset_mode_##suffix(&c->shape, c->logits, c->out_indices, c->scratch);      \
+  }                                                                                              \
+  static pm_status mode_##suffix(const call *c) {                                                \
+    return pm_subset_mode_##suffix(&c->shape, c->logits, c->out_indices, c->scratch);            \
   }
 SELECTION(f32)
 SELECTION(f64)
 
-#define ROUTE(name, forward, normalize)                                                    \
-  static pm_status name##_f32(const call *c) {                                             \
+#define ROUTE(name, forward, normalize)                                                                         \
+  static pm_status name##_f32(const call *c) {                                                                  \
     return pm_route_f32(&c->shape, c->logits, forward, normalize, c->seed, c->out, c->out_indices, c->scratch); \
-  }                                                                                        \
-  static pm_status name##_f64(const call *c) {                                             \
+  }                                                                                                             \
+  static pm_status name##_f64(const call *c) {                                                                  \
     return pm_route_f64(&c->shape, c->logits, forward, normalize, c->seed, c->out, c->out_indices, c->scratch); \
   }
 ROUTE(route_sample, PM_FORWARD_SAMPLE, 0)
@@ -47,22 +47,26 @@ ROUTE(route_sample_normalized, PM_FORWARD_SAMPLE, 1)
 ROUTE(route_mode, PM_FORWARD_MODE, 0)
 ROUTE(route_mode_normalized, PM_FORWARD_MODE, 1)
 
-#define ROUTE_GRADIENT(name, backward, normalize)                                          \
-  static pm_status name##_f32(const call *c) {                                             \
-    return pm_route_backward_f32(&c->shape, c->logits, c->indices, c->vector, backward, normalize, c->out, c->scratch); \
-  }                                                                                        \
-  static pm_status name##_f64(const call *c) {                                             \
-    return pm_route_backward_f64(&c->shape, c->logits, c->indices, c->vector, backward, normalize, c->out, c->scratch); \
+#define ROUTE_GRADIENT(name, backward, normalize)                                                          \
+  static pm_status name##_f32(const call *c) {                                                             \
+    return pm_route_backward_f32(&c->shape, c->logits, c->indices, c->vector, backward, normalize, c->out, \
+                                 c->scratch);                                                              \
+  }                                                                                                        \
+  static pm_status name##_f64(const call *c) {                                                             \
+    return pm_route_backward_f64(&c->shape, c->logits, c->indices, c->vector, backward, normalize, c->out, \
+                                 c->scratch);                                                              \
   }
 ROUTE_GRADIENT(route_backward, PM_BACKWARD_MARGINAL, 0)
 ROUTE_GRADIENT(route_backward_normalized, PM_BACKWARD_MARGINAL, 1)
 ROUTE_GRADIENT(route_straight, PM_BACKWARD_STRAIGHT_THROUGH, 0)
 ROUTE_GRADIENT(route_straight_normalized, PM_BACKWARD_STRAIGHT_THROUGH, 1)
 
-#define ENTRY(name, vector, indices, out, out_indices) \
-  {#name, vector, indices, out, out_indices, {name##_f32, name##_f64}}
+#define ENTRY(name, vector, indices, out, out_indices)                   \
+  {                                                                      \
+    #name, vector, indices, out, out_indices, { name##_f32, name##_f64 } \
+  }
 
-const operator operators[OPERATORS] = {
+const operation operators[OPERATORS] = {
     [LOG_PARTITION] = ENTRY(log_partition, NONE, NONE, ONE, NONE),
     [CARDINALITY] = ENTRY(cardinality, NONE, NONE, BAND, NONE),
     [CARDINALITY_BACKWARD] = ENTRY(cardinality_backward, BAND, NONE, EXPERTS, NONE),

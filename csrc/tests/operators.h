@@ -25,13 +25,13 @@ typedef enum width { NONE, ONE, BAND, EXPERTS, SLOTS } width;
 
 int64_t width_of(width w, const pm_shape *shape);
 
-typedef struct operator{
+typedef struct operation {
   const char *name;
   width vector, indices, out, out_indices;
   pm_status (*run[2])(const call *c); /* single, double */
-} operator;
+} operation;
 
-typedef enum operator_id {
+typedef enum operation_id {
   LOG_PARTITION,
   CARDINALITY,
   CARDINALITY_BACKWARD,
@@ -50,9 +50,9 @@ typedef enum operator_id {
   ROUTE_STRAIGHT,
   ROUTE_STRAIGHT_NORMALIZED,
   OPERATORS
-} operator_id;
+} operation_id;
 
-extern const operator operators[OPERATORS];
+extern const operation operators[OPERATORS];
 
 /* pm_infeasible_row_*. */
 int64_t infeasible_row(int is_double, const pm_shape *shape, const void *logits);
