@@ -49,7 +49,6 @@ int pm_double_needed(const pm_shape *shape, int is_double) {
     return -1;                                                                    \
   }
 
-#include <math.h>
 PM_INFEASIBLE_ROW(f32, float)
 PM_INFEASIBLE_ROW(f64, double)
 

@@ -13,7 +13,8 @@ from torch.distributions.utils import lazy_property
 
 from .. import ops
 from ..ops.arguments import FLOAT_TYPES, Cardinality, check_band
-from ..ops.subset_derived import HALF_TYPES, k_hot
+from ..ops.subset import k_hot
+from ..ops.subset_derived import HALF_TYPES
 from .constraints import KHot, LogOdds, OddsProbability
 
 MAX_ENUMERATED = 16

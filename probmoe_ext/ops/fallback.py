@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
+from .subset import k_hot
 
 COMPILED = (
     frozenset({"route_top_k", "route_top_k_backward"}) if _C.build_info()["cuda"] is not None else frozenset[str]()
@@ -49,7 +50,7 @@ def route_probmoe_backward(
     r = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     s = torch.softmax(r, dim=-1)
     slots = s.new_zeros((*s.shape[:-1], experts + 1))  # unused slots fall into the last column
-    z = slots.scatter(-1, indices, 1.0)[..., :experts]
+    z = k_hot(indices, experts, s.dtype)
     h = slots.scatter(-1, indices, grad_weights.to(s.dtype))[..., :experts]
     if normalize:
         total = (z * s).sum(-1, keepdim=True)

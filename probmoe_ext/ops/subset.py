@@ -32,6 +32,12 @@ def _per_expert(logits: Tensor, k_min: int, k_max: int) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def k_hot(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """The 0/1 vectors ``[..., E]`` of index lists ``[..., K]``; unused slots (index E) count for nothing."""
+    columns = torch.zeros((*indices.shape[:-1], num_experts + 1), dtype=dtype, device=indices.device)
+    return columns.scatter(-1, indices, 1.0)[..., :num_experts]
+
+
 # ---- log partition ------------------------------------------------------------------------------------------------
 
 
@@ -215,9 +221,7 @@ def _save_subset(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _log_prob_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     logits, indices, log_prob = ctx.saved_tensors
-    # Unused slots fall into a column past the last expert, cut off again.
-    members = logits.new_zeros((*logits.shape[:-1], logits.shape[-1] + 1)).scatter(-1, indices, 1.0)[..., :-1]
-    gradient = members - _marginals(logits, ctx.k_min, ctx.k_max)
+    gradient = k_hot(indices, logits.shape[-1], logits.dtype) - _marginals(logits, ctx.k_min, ctx.k_max)
     possible = (log_prob > -torch.inf) | log_prob.isnan()
     return torch.where(possible, grad, 0.0).unsqueeze(-1) * gradient, None, None, None
 

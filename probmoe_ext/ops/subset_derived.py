@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Cardinality, check_band, check_like, check_logits
-from .subset import subset_log_prob, subset_marginals, subset_mode, subset_sample
+from .subset import k_hot, subset_log_prob, subset_marginals, subset_mode, subset_sample
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -22,12 +22,6 @@ HALF_TYPES = (torch.bfloat16, torch.float16)
 def _single(logits: Tensor) -> Tensor:
     """Half precision as float32: intermediate results must not be rounded to it."""
     return logits.float() if logits.dtype in HALF_TYPES else logits
-
-
-def k_hot(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
-    """The 0/1 vectors ``[..., E]`` of index lists ``[..., K]``; unused slots (index E) count for nothing."""
-    columns = torch.zeros((*indices.shape[:-1], num_experts + 1), dtype=dtype, device=indices.device)
-    return columns.scatter(-1, indices, 1.0)[..., :num_experts]
 
 
 def subset_pairwise(logits: Tensor, k: Cardinality) -> Tensor:
