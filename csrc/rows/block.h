@@ -15,7 +15,7 @@
 #include <stddef.h>
 
 #include "../kernels.h"
-#include "simd.h"
+#include "transfer.h"
 
 /* Bytes of prefix table kept at once. Two tables (value and tangent) of (64, 8) fit the first-level cache. */
 #define PM_TABLE_BYTES (192 * 1024)
@@ -24,13 +24,16 @@ typedef struct block {
   int64_t E;
   int a, b;           /* the band */
   vreal *x;           /* [E] logits */
-  vreal *s;           /* [E] softmax of the logits */
+  vreal *e;           /* [E] exp(x - base) 2^-exponent: the softmax, but for the factor inverse_sum */
   vreal *w;           /* [E] odds or inclusion probabilities */
-  vreal *q;           /* [E] 1 - p (general blocks) */
+  vreal *q;           /* [E] what is left of 1 in a general block's factor */
+  vreal *depth;       /* [E + 1] powers of two taken out before each expert (general blocks that draw) */
   vreal *v;           /* [E] direction of the tangent, then results */
   vreal *direct;      /* [E] routing backward: the part of the gradient that needs no recursion */
   vreal *sizes;       /* [b + 1] weight of each size: 1 for exact k, exp(lambda (j - j0)) in a band, 0 below a */
-  vreal *top;         /* [b] largest logits, descending, for the pivot */
+  vreal *top;         /* [b + 1] the largest logits, descending */
+  vint *order;        /* [b] experts, by descending logit or in the order of a draw */
+  vreal *draws;       /* [b] uniforms */
   vreal *adjoint;     /* [2 (b + 2)] B and its tangent */
   vreal *checkpoints; /* [segments][width (b + 1)] */
   vreal *table;       /* [segment + 1][width (b + 1)]: the state before each expert, and after the last */
@@ -38,14 +41,17 @@ typedef struct block {
   int64_t segments;
   vreal total;          /* Z of the tilted, weighted factors */
   vreal inverse_total;  /* its inverse; NaN for a poisoned row, which so answers NaN */
-  vreal largest;        /* max of the logits, 0 where all are masked */
-  vreal sum;            /* sum of exp(x - largest) */
+  vreal base, exponent; /* of e: its largest is between 0.7 and 1.42, and 0 where all are masked */
+  vreal sum;            /* sum of e */
+  vreal inverse_sum;    /* its inverse, 0 where all are masked */
   vmask poison;         /* rows with a NaN, a +inf, or too few unmasked experts: computed as zeros, answered with NaN */
   vmask infeasible;     /* rows with too few unmasked experts */
   vreal pivot, offset;  /* general blocks: lambda = pivot + offset */
   int normalised;       /* general blocks: p_i and 1 - p_i, not scaled by the larger of 1 and the odds */
-  double lambda[LANES]; /* the tilt */
-  int base_size[LANES]; /* j0 */
+  int by_powers;        /* general blocks, not normalised: scaled by the power of two below the odds */
+  vint base_size;       /* j0 */
+  double lambda[LANES]; /* the tilt (in plain blocks of double precision, and in general ones) */
+  real enough[2];       /* the odds that a plain block's experts need: for j0 = a, and for j0 = b */
 } block;
 
 PM_ALWAYS_INLINE int64_t segment_length(int64_t E, int64_t b, int width) {
@@ -58,7 +64,7 @@ PM_ALWAYS_INLINE int64_t segment_length(int64_t E, int64_t b, int width) {
 
 static size_t block_bytes(int64_t E, int64_t b) {
   const int64_t segment = segment_length(E, b, 2), segments = (E + segment - 1) / segment;
-  const int64_t vectors = 6 * E + 2 * (b + 1) + 2 * (b + 2) + 2 * (b + 1) * (segments + segment + 1);
+  const int64_t vectors = 7 * E + 1 + 2 * (b + 1) + 2 * b + 2 * (b + 2) + 2 * (b + 1) * (segments + segment + 1);
   return (size_t)vectors * sizeof(vreal) + sizeof(vreal);
 }
 
@@ -72,13 +78,16 @@ static void block_begin(block *k, const pm_job *job, int width) {
   k->segment = segment_length(E, b, width);
   k->segments = (E + k->segment - 1) / k->segment;
   k->x = next, next += E;
-  k->s = next, next += E;
+  k->e = next, next += E;
   k->w = next, next += E;
   k->q = next, next += E;
+  k->depth = next, next += E + 1;
   k->v = next, next += E;
   k->direct = next, next += E;
   k->sizes = next, next += b + 1;
   k->top = next, next += b + 1;
+  k->order = (vint *)next, next += b;
+  k->draws = next, next += b;
   k->adjoint = next, next += 2 * (b + 2);
   k->checkpoints = next, next += k->segments * width * (b + 1);
   k->table = next;

@@ -2,24 +2,18 @@
  *
  * A_i[j] is the (tilted) mass of the j-subsets of experts 1..i, that is, of those whose last member is at most i. So
  * with j members still to choose among experts 1..n, the last one is the smallest i with A_i[j] > u A_n[j]: inversion,
- * one uniform a member, by bisection, since A_i[j] does not decrease in i. In the general forms A_i[j] carries the
- * product q_1 .. q_i, and the same inversion is done by steps: expert i is passed over while
- * U < q_i A_{i-1}[j], with U divided by q_i each time. */
+ * one uniform a member. A_i[j] does not decrease in i, so that i is the number of states with A_i[j] <= u A_n[j],
+ * counted with every lane in step: every fourth state first, then the three between by bisection.
+ *
+ * Where factors were divided by powers of two, the state holds A_i[j] 2^-depth_i and the comparison moves its right
+ * side by the difference of the depths, which is exact. In the normalised form A_i[j] carries the product q_1 .. q_i,
+ * and the same inversion is done by steps, lane by lane: expert i is passed over while U < q_i A_{i-1}[j], with U
+ * divided by q_i each time. */
 #ifndef PM_ROWS_SAMPLE_H
 #define PM_ROWS_SAMPLE_H
 
 #include "../philox.h"
 #include "tilt.h"
-
-/* Uniform for one draw of one row, in this precision. */
-PM_ALWAYS_INLINE real uniform(uint64_t seed, uint64_t row, uint32_t draw, uint32_t purpose) {
-  const uint32_t high = pm_random_word(seed, row, draw, purpose);
-#if PM_REAL_BITS == 32
-  return pm_uniform_f32(high);
-#else
-  return pm_uniform_f64(high, pm_random_word(seed, row, draw, purpose + 1));
-#endif
-}
 
 /* Uniforms for draws 0..count-1 of every lane, four draws to a counter. Word l serves lane l % LANES; in double
  * precision the upper half of the words are the low parts. */
@@ -46,139 +40,158 @@ static void uniforms(uint64_t seed, uint64_t row, int count, uint32_t purpose, v
       key1 += PM_PHILOX_W1;
     }
     for (int t = 0; t < 4 && first + t < count; ++t)
-      for (int l = 0; l < LANES; ++l)
 #if PM_REAL_BITS == 32
-        out[first + t][l] = pm_uniform_f32(c[t][l]);
+      out[first + t] = __builtin_convertvector((vint)(c[t] >> 8), vreal) * splat(0x1p-24f); /* pm_uniform_f32 */
 #else
-        out[first + t][l] = pm_uniform_f64(c[t][l], c[t][l + LANES]);
+      for (int l = 0; l < LANES; ++l) out[first + t][l] = pm_uniform_f64(c[t][l], c[t][l + LANES]);
 #endif
   }
 }
 
-/* Where the lanes stand on their way down the experts. */
-typedef struct walk {
-  int64_t experts[LANES]; /* n: the choice is among experts 1..n */
-  int left[LANES];        /* j: how many are still to be chosen */
-  int size[LANES];        /* |S| */
-  real level[LANES];      /* U = u A_n[j] */
-} walk;
-
-/* The size of S: the smallest j whose cumulative mass exceeds u Z. */
-PM_ALWAYS_INLINE int draw_size(const block *k, const vreal *end, int lane, uint64_t seed, uint64_t row) {
-  if (k->a == k->b) return k->b;
-  const real level = uniform(seed, row, 0, PM_DRAW_SIZE) * k->total[lane];
-  real mass = 0;
-  int last = k->a;
-  for (int j = k->a; j <= k->b; ++j) {
-    const real step = k->sizes[j][lane] * end[j][lane];
-    if (step > 0) last = j;
-    mass += step;
-    if (mass > level) return last;
-  }
-  return last;
+/* U = u A, below A even where a subnormal product rounds up to it. */
+PM_ALWAYS_INLINE vreal level_of(vreal u, vreal mass) {
+  const vreal level = u * mass;
+  return select_((vmask)(level < mass), level, splat(0));
 }
 
-/* U = u A, below A even where a subnormal product rounds up to it. */
-PM_ALWAYS_INLINE real level_of(real u, real mass) {
-  const real level = u * mass;
-  return level < mass ? level : 0;
+/* The size of S: the smallest j whose cumulative mass exceeds u Z. */
+PM_ALWAYS_INLINE vint draw_size(const block *k, const vreal *end, uint64_t seed, uint64_t row) {
+  vint size = splat_bits(k->a);
+  if (k->a == k->b) return size;
+  vreal u, mass = splat(0);
+  uniforms(seed, row, 1, PM_DRAW_SIZE, &u);
+  const vreal level = u * k->total;
+  vmask open = ~(vmask){0};
+  for (int j = k->a; j <= k->b; ++j) {
+    const vreal step = k->sizes[j] * end[j];
+    size = int_select_(open & (vmask)(step > splat(0)), splat_bits(j), size);
+    mass += step;
+    open &= ~(vmask)(mass > level);
+  }
+  return size;
+}
+
+/* The uniforms by the member that they choose: `draws`[j - 1] for the one that leaves j - 1 to be chosen. They are
+ * counted from the last member to the first, so which one that is depends on the size. */
+PM_ALWAYS_INLINE void align_draws(const block *k, vint size) {
+  const int b = k->b;
+  for (int j = 0; j < b; ++j) k->draws[j] = k->top[b - 1 - j];
+  for (int s = k->a > 1 ? k->a : 1; s < b; ++s)
+    for (int j = 0; j < s; ++j) k->draws[j] = select_((vmask)(size == s), k->top[s - 1 - j], k->draws[j]);
+}
+
+/* Where the lanes stand on their way down the experts: j members are still to be chosen, among experts 1..n. */
+typedef struct walk {
+  vint left;    /* j */
+  vreal level;  /* U = u A_n[j] */
+  vreal depth;  /* powers of two taken out of A_n[j] */
+  vint experts; /* n (normalised blocks) */
+} walk;
+
+/* U in the scale of a state of this depth. A state behind the n-th expert exceeds U. */
+PM_ALWAYS_INLINE vreal level_at(const walk *at, vreal depth, int plain) {
+  if (plain) return at->level;
+  const vreal difference = at->depth - depth;
+  return select_((vmask)(difference < splat(0)), splat(-1), scale_up(at->level, difference));
+}
+
+/* The lanes' members among the experts of one segment, last first, into `order`. `table` holds the states before
+ * expert `begin` and after each of its `length` experts. */
+PM_ALWAYS_INLINE void choose_by_count(const block *k, const vreal *table, int64_t begin, int64_t length, walk *at,
+                                      int plain) {
+  const int64_t cells = k->b + 1, stride = length > 128 ? 8 : 4;
+  const vreal *depth = k->depth + begin;
+  for (int j = k->b; j > 0; --j) {
+    const vreal *mass = table + j;
+    /* The others have their next member before this segment. */
+    const vmask here = (vmask)(at->left == j) & (vmask)(mass[0] <= level_at(at, depth[0], plain));
+    if (!any(here)) continue;
+    vint passed = {0};
+    for (int64_t i = stride; i < length; i += stride)
+      passed = count_where_at_most(passed, (bits)stride, mass[i * cells], level_at(at, depth[i], plain));
+    for (int64_t half = stride / 2; half > 0; half /= 2) {
+      const vint middle = int_min_(passed + (bits)half, splat_bits((bits)length));
+      const vreal level = level_at(at, plain ? at->level : pick(depth, middle), plain);
+      passed = count_where_at_most(passed, (bits)half, pick(mass, middle * (bits)cells), level);
+    }
+    k->order[j - 1] = int_select_(here, passed + (bits)begin, k->order[j - 1]);
+    at->left += here;
+    if (j > 1) {
+      const vreal level = level_of(k->draws[j - 2], pick(mass - 1, passed * (bits)cells));
+      at->level = select_(here, level, at->level);
+      if (!plain) at->depth = select_(here, pick(depth, passed), at->depth);
+    }
+  }
 }
 
 #define PM_MASS(i, j) table[((i) - begin) * cells + (j)][l] /* A_i[j] of lane l, i experts passed */
 
-/* The lanes' members among the experts of one segment, last first, into choice[left - 1]: bisection. `table` holds the
- * states before expert `begin` and after each one; `u` the uniforms, one a member.
- *
- * The bisection runs over the whole segment, not up to n: A_i[j] for i >= n exceeds U as well. So every lane takes the
- * same number of steps, and their chains of dependent loads overlap. */
-static void choose_plain(const block *k, const vreal *table, int64_t begin, int64_t end, walk *at, const vreal *u,
-                         int64_t *const *choice) {
-  const int64_t cells = k->b + 1;
-  for (;;) {
-    unsigned open = 0;
-    for (int l = 0; l < LANES; ++l)
-      open |= (unsigned)(at->left[l] > 0 && !(PM_MASS(begin, at->left[l]) > at->level[l])) << l;
-    if (!open) return; /* what is left has its members before this segment */
-    int64_t low[LANES];
-    for (int l = 0; l < LANES; ++l) low[l] = begin;
-    for (int64_t span = end - begin; span > 1;) { /* A_low[j] <= U < A_{low + span}[j] */
-      const int64_t half = span / 2;
-      for (int l = 0; l < LANES; ++l) low[l] += PM_MASS(low[l] + half, at->left[l]) > at->level[l] ? 0 : half;
-      span -= half;
-    }
-    for (int l = 0; l < LANES; ++l) {
-      if (!(open >> l & 1)) continue;
-      const int j = --at->left[l];
-      choice[l][j] = low[l];
-      if (j > 0) at->level[l] = level_of(u[at->size[l] - j][l], PM_MASS(low[l], j));
-    }
-  }
-}
-
-/* The same for one lane of a general block, expert by expert. */
-static void choose_general(const block *k, const vreal *table, int64_t begin, int l, walk *at, const vreal *u,
-                           int64_t *choice) {
+/* The same for one lane of a normalised block, expert by expert. */
+static void choose_by_steps(const block *k, const vreal *table, int64_t begin, int l, walk *at) {
   const int64_t cells = k->b + 1;
   while (at->left[l] > 0) {
-    const int j = at->left[l];
+    const int64_t j = at->left[l];
+    real level = at->level[l];
     int64_t i;
     for (i = at->experts[l] - 1; i >= begin; --i) {
       const real q = k->q[i][l], mass = PM_MASS(i, j);
-      if (!(at->level[l] < q * mass)) {
+      if (!(level < q * mass)) {
         if (k->w[i][l] * PM_MASS(i, j - 1) > 0) break;
-        at->level[l] = q * mass; /* an expert that cannot enter is passed over, whatever rounding said */
+        level = q * mass; /* an expert that cannot enter is passed over, whatever rounding said */
       }
-      if (q == 1 && at->level[l] < mass) continue;
-      at->level[l] = q > 0 ? at->level[l] / q : 0;
-      if (!(at->level[l] < mass)) at->level[l] = mass * (1 - PM_REAL_HALF_ULP);
+      if (q == 1 && level < mass) continue;
+      level = q > 0 ? level / q : 0;
+      if (!(level < mass)) level = mass * (1 - PM_REAL_HALF_ULP);
     }
-    at->experts[l] = i < begin ? begin : i;
+    at->level[l] = level;
+    at->experts[l] = (bits)(i < begin ? begin : i);
     if (i < begin) return;
-    choice[j - 1] = i;
-    at->left[l] = j - 1;
-    if (j > 1) at->level[l] = level_of(u[at->size[l] - (j - 1)][l], PM_MASS(i, j - 1));
+    k->order[j - 1][l] = (bits)i;
+    at->left[l] = (bits)(j - 1);
+    if (j > 1) {
+      const real mass = PM_MASS(i, j - 1), next = k->draws[j - 2][l] * mass;
+      at->level[l] = next < mass ? next : 0;
+    }
   }
 }
 #undef PM_MASS
 
-/* Draws S for the wanted lanes: indices [.., b] ascending, slots past |S| at E. Poisoned rows get 0, 1, 2, ... Needs
- * prefix_all; overwrites `top`. */
-PM_ALWAYS_INLINE void sample_block(block *k, const pm_job *job, int64_t row, int64_t rows, vmask wanted, int plain) {
+/* Draws S into `order`: [b] ascending, slots past |S| at E; 0, 1, 2, ... for poisoned rows. Needs prefix_all;
+ * overwrites `top`. */
+PM_ALWAYS_INLINE void draw(block *k, const pm_job *job, int64_t row, vmask wanted, int plain) {
   const int b = k->b;
   const uint64_t first = (uint64_t)(job->shape.first_row + row);
   const vreal *end = prefix_end(k, 0);
-  vreal *u = k->top;
-  walk at;
-  int64_t *choice[LANES];
-  uniforms(job->seed, first, b, PM_DRAW_ITEM, u);
-  for (int l = 0; l < LANES; ++l) {
-    at.left[l] = at.size[l] = 0;
-    at.level[l] = 0;
-    choice[l] = job->out_indices + (row + (l < rows ? l : 0)) * b;
-    if (l >= rows || !wanted[l]) continue;
-    const int drawable = !k->poison[l] && k->total[l] > 0;
-    const int size = drawable ? draw_size(k, end, l, job->seed, first + (uint64_t)l) : b;
-    for (int j = 0; j < b; ++j) choice[l][j] = j < size ? j : k->E;
-    if (!drawable) continue;
-    at.experts[l] = k->E;
-    at.left[l] = at.size[l] = size;
-    at.level[l] = size > 0 ? level_of(u[0][l], end[size][l]) : 0;
+  const vmask drawable = ~k->poison & (vmask)(k->total > splat(0));
+  const vint size = int_select_(drawable, draw_size(k, end, job->seed, first), splat_bits(b));
+  uniforms(job->seed, first, b, PM_DRAW_ITEM, k->top);
+  align_draws(k, size);
+  walk at = {.left = size & drawable & wanted, .experts = splat_bits((bits)k->E)};
+  vreal mass = end[b], u = k->draws[b > 0 ? b - 1 : 0];
+  for (int s = k->a > 1 ? k->a : 1; s < b; ++s) {
+    mass = select_((vmask)(size == s), end[s], mass);
+    u = select_((vmask)(size == s), k->draws[s - 1], u);
   }
+  at.level = level_of(u, mass);
+  at.depth = plain ? splat(0) : k->depth[k->E];
+  for (int j = 0; j < b; ++j) k->order[j] = int_select_((vmask)(size > j), splat_bits(j), splat_bits((bits)k->E));
   for (int64_t s = k->segments - 1; s >= 0; --s) {
     const int64_t begin = s * k->segment, stop = s + 1 == k->segments ? k->E : begin + k->segment;
     prefix_segment(k, s, plain, 0);
-    if (plain)
-      choose_plain(k, k->table, begin, stop, &at, u, choice);
+    if (plain || k->by_powers)
+      choose_by_count(k, k->table, begin, stop - begin, &at, plain);
     else
-      for (int l = 0; l < LANES; ++l) choose_general(k, k->table, begin, l, &at, u, choice[l]);
+      for (int l = 0; l < LANES; ++l) choose_by_steps(k, k->table, begin, l, &at);
   }
 }
 
 PM_ALWAYS_INLINE void sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+  (void)rows;
   prefix_all(k, plain, 0);
-  sample_block(k, job, row, rows, wanted, plain);
+  draw(k, job, row, wanted, plain);
+  store_indices(k->order, lanes_of(wanted), row, k->b, job->out_indices);
 }
 
-PM_ROW_KERNEL(sample, 1)
+PM_ROW_KERNEL(sample, 1, 1)
 
 #endif

@@ -25,6 +25,10 @@ typedef uint32_t pattern;
 #define PM_REAL_TINY 0x1p-126f /* smallest normal number */
 #define PM_REAL_HALF_ULP 0x1p-24f
 #define PM_MANTISSA_BITS 23
+#define PM_LARGEST_BITS INT32_MAX
+#define PM_LARGEST_EXPONENT 127
+#define PM_EXP_ROUND 0x1.8p23f   /* adding it rounds to a whole number, which is then in the low bits */
+#define PM_EXP_LOWEST -87.33654f /* exp of it is the smallest normal number */
 #else
 typedef double real;
 typedef int64_t bits;
@@ -32,15 +36,20 @@ typedef uint64_t pattern;
 #define PM_REAL_TINY 0x1p-1022
 #define PM_REAL_HALF_ULP 0x1p-53
 #define PM_MANTISSA_BITS 52
+#define PM_LARGEST_BITS INT64_MAX
+#define PM_LARGEST_EXPONENT 1023
+#define PM_EXP_ROUND 0x1.8p52
+#define PM_EXP_LOWEST -708.3964185322641
 #endif
 
 enum { LANES = PM_VECTOR_BYTES / (PM_REAL_BITS / 8) };
 
 typedef real vreal __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES)));
-typedef bits vmask __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES))); /* 0 or -1 a lane */
+typedef bits vint __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES)));
+typedef vint vmask; /* 0 or -1 a lane */
 typedef pattern vpattern __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES)));
 
-/* The three operations that C's vector types do not spell. max(a, b) and min(a, b) return b where either is NaN. */
+/* The operations that C's vector types do not spell. max(a, b) and min(a, b) return b where either is NaN. */
 #if PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
 #define PM_FMA(suffix) _mm512_fmadd_##suffix
 #define PM_MAX(suffix) _mm512_max_##suffix
@@ -81,6 +90,36 @@ PM_ALWAYS_INLINE vreal min_(vreal a, vreal b) { return select_((vmask)(a < b), a
 #endif
 
 PM_ALWAYS_INLINE vreal splat(real x) { return (vreal){0} + x; }
+PM_ALWAYS_INLINE vint splat_bits(bits x) { return (vint){0} + x; }
+
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512F__) && PM_REAL_BITS == 32
+PM_ALWAYS_INLINE vint int_max_(vint a, vint b) { return (vint)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+PM_ALWAYS_INLINE vint int_min_(vint a, vint b) { return (vint)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+#elif PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+PM_ALWAYS_INLINE vint int_max_(vint a, vint b) { return (vint)_mm512_max_epi64((__m512i)a, (__m512i)b); }
+PM_ALWAYS_INLINE vint int_min_(vint a, vint b) { return (vint)_mm512_min_epi64((__m512i)a, (__m512i)b); }
+#elif PM_VECTOR_BYTES == 32 && defined(__AVX2__) && PM_REAL_BITS == 32
+PM_ALWAYS_INLINE vint int_max_(vint a, vint b) { return (vint)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+PM_ALWAYS_INLINE vint int_min_(vint a, vint b) { return (vint)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+#else
+PM_ALWAYS_INLINE vint int_max_(vint a, vint b) { return (vint)select_((vmask)(a > b), (vreal)a, (vreal)b); }
+PM_ALWAYS_INLINE vint int_min_(vint a, vint b) { return (vint)select_((vmask)(a < b), (vreal)a, (vreal)b); }
+#endif
+
+PM_ALWAYS_INLINE vint int_select_(vmask mask, vint yes, vint no) { return (mask & yes) | (~mask & no); }
+
+/* count + step where a <= b, and count elsewhere: a comparison and a masked addition. */
+PM_ALWAYS_INLINE vint count_where_at_most(vint count, bits step, vreal a, vreal b) {
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512F__) && PM_REAL_BITS == 32
+  return (vint)_mm512_mask_add_epi32((__m512i)count, _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ),
+                                     (__m512i)count, _mm512_set1_epi32(step));
+#elif PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vint)_mm512_mask_add_epi64((__m512i)count, _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ),
+                                     (__m512i)count, _mm512_set1_epi64(step));
+#else
+  return count + ((vmask)(a <= b) & step);
+#endif
+}
 
 /* Bit l of the result: is lane l set? */
 PM_ALWAYS_INLINE unsigned lanes_of(vmask mask) {
@@ -100,6 +139,30 @@ PM_ALWAYS_INLINE unsigned lanes_of(vmask mask) {
 }
 
 PM_ALWAYS_INLINE int any(vmask mask) { return lanes_of(mask) != 0; }
+
+PM_ALWAYS_INLINE vint lane_numbers(void) {
+  vint lane;
+  for (int l = 0; l < LANES; ++l) lane[l] = l;
+  return lane;
+}
+
+PM_ALWAYS_INLINE vmask first_lanes(int64_t count) { return (vmask)(lane_numbers() < (bits)count); }
+
+/* Lane l of the vector at[l], for every lane. */
+PM_ALWAYS_INLINE vreal pick(const vreal *from, vint at) {
+  const vint lane = lane_numbers();
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512F__) && PM_REAL_BITS == 32
+  return (vreal)_mm512_i32gather_ps((__m512i)(at * LANES + lane), from, 4);
+#elif PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vreal)_mm512_i64gather_pd((__m512i)(at * LANES + lane), from, 8);
+#elif PM_VECTOR_BYTES == 32 && defined(__AVX2__) && PM_REAL_BITS == 32
+  return (vreal)_mm256_i32gather_ps((const float *)from, (__m256i)(at * LANES + lane), 4);
+#else
+  vreal picked;
+  for (int l = 0; l < LANES; ++l) picked[l] = ((const real *)from)[at[l] * LANES + lane[l]];
+  return picked;
+#endif
+}
 
 /* Vectors of 32-bit words, as many as fit, and the two halves of their product with one word. */
 enum { WORDS = PM_VECTOR_BYTES / 4 };
@@ -125,161 +188,78 @@ PM_ALWAYS_INLINE void multiply_words(vword a, uint32_t b, vword *high, vword *lo
 #endif
 }
 
-/* exp(x) for -inf <= x <= 80 within 1 ulp, no NaN; 0 where the result is below the normal range.
- * x = n log 2 + r, |r| <= log(2)/2, exp(r) by its Taylor polynomial (degree 7 in single, 13 in double precision: the
- * first omitted term is below half an ulp), times 2^n through the exponent bits. log 2 is split in two so that
- * n log 2 is exact (Cody & Waite 1980). */
-PM_ALWAYS_INLINE vreal exp_(vreal x) {
+/* x = n log 2 + r with whole n and |r| <= log(2) / 2; returns exp(r), and n in the low bits of *shifted, a number so
+ * large that its last bit counts ones. log 2 is split in two so that n log 2 is exact (Cody & Waite 1980). The
+ * polynomials are minimax in relative error, 3.1e-9 and 3.7e-18, well below half an ulp. */
+PM_ALWAYS_INLINE vreal exp_reduced(vreal x, vreal *shifted) {
 #if PM_REAL_BITS == 32
-  const real lowest = -87.33654f, round = 0x1.8p23f, log2_high = 0x1.62e4p-1f, log2_low = 0x1.7f7d1cp-20f;
+  const real log2_high = 0x1.62e4p-1f, log2_low = 0x1.7f7d1cp-20f;
 #else
-  const real lowest = -708.3964185322641, round = 0x1.8p52, log2_high = 0x1.62e42fefa38p-1,
-             log2_low = 0x1.ef35793c7673p-45;
+  const real log2_high = 0x1.62e42fefa38p-1, log2_low = 0x1.ef35793c7673p-45;
 #endif
-  const vmask vanishes = (vmask)(x < lowest);
-  const vreal shifted = fma_(x, splat((real)0x1.71547652b82fep0), splat(round));
-  const vreal n = shifted - round;
+  *shifted = fma_(x, splat((real)0x1.71547652b82fep0), splat(PM_EXP_ROUND));
+  const vreal n = *shifted - splat(PM_EXP_ROUND);
   vreal r = fma_(n, splat(-log2_high), x);
   r = fma_(n, splat(-log2_low), r);
 #if PM_REAL_BITS == 32
-  vreal y = splat((real)(1.0 / 5040));
+  static const real coefficients[] = {0.0013814613114645247f, 0.0083687098947233054f, 0.041668387368100674f,
+                                      0.16666520689251869f, 0.49999993451669324f};
 #else
-  vreal y = splat((real)(1.0 / 6227020800.0));
-  y = fma_(y, r, splat((real)(1.0 / 479001600.0)));
-  y = fma_(y, r, splat((real)(1.0 / 39916800.0)));
-  y = fma_(y, r, splat((real)(1.0 / 3628800.0)));
-  y = fma_(y, r, splat((real)(1.0 / 362880.0)));
-  y = fma_(y, r, splat((real)(1.0 / 40320.0)));
-  y = fma_(y, r, splat((real)(1.0 / 5040.0)));
+  static const real coefficients[] = {2.5000072185264219e-08, 2.7630234059594198e-07, 2.7557586267482642e-06,
+                                      2.4801493135824400e-05, 1.9841269506776754e-04, 1.3888888943598014e-03,
+                                      8.3333333334943343e-03, 4.1666666666530265e-02, 1.6666666666666413e-01,
+                                      5.0000000000000106e-01};
 #endif
-  y = fma_(y, r, splat((real)(1.0 / 720)));
-  y = fma_(y, r, splat((real)(1.0 / 120)));
-  y = fma_(y, r, splat((real)(1.0 / 24)));
-  y = fma_(y, r, splat((real)(1.0 / 6)));
-  y = fma_(y, r, splat((real)0.5));
+  vreal y = splat(coefficients[0]);
+#pragma GCC unroll 16
+  for (int c = 1; c < (int)(sizeof coefficients / sizeof *coefficients); ++c) y = fma_(y, r, splat(coefficients[c]));
   y = fma_(y, r, splat(1));
-  y = fma_(y, r, splat(1));
-  /* Unsigned: where the result vanishes the exponent wraps, and is masked out. */
-  const vpattern power = ((vpattern)shifted - (vpattern)splat(round)) << PM_MANTISSA_BITS;
-  return (vreal)(~(vpattern)vanishes & ((vpattern)y + power));
+  return fma_(y, r, splat(1));
 }
 
-/* Rows in, lanes out: x[i] lane l = element i of row l of the block. Lanes past the last row repeat it. */
-typedef struct source {
-  const void *data;
-  int64_t stride; /* elements */
-  int is_double;
-} source;
-
-PM_ALWAYS_INLINE real read_(const source *in, int64_t row, int64_t i) {
-  const int64_t at = row * in->stride + i;
-  return in->is_double ? (real)((const double *)in->data)[at] : (real)((const float *)in->data)[at];
-}
-
-PM_ALWAYS_INLINE void write_(void *out, int is_double, int64_t at, real value) {
-  if (is_double)
-    ((double *)out)[at] = (double)value;
-  else
-    ((float *)out)[at] = (float)value;
-}
-
-/* Exchanges of a LANES x LANES transpose: step(d) swaps the off-diagonal d x d blocks of every 2d x 2d block. */
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
-#define PM_NO_SHUFFLE 1
-#elif PM_VECTOR_BYTES * 8 / PM_REAL_BITS == 16
-#define PM_STEPS 4
-#define PM_LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define PM_HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-#define PM_LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define PM_HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define PM_LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define PM_HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define PM_LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define PM_HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#elif PM_VECTOR_BYTES * 8 / PM_REAL_BITS == 8
-#define PM_STEPS 3
-#define PM_LOW_1 0, 8, 2, 10, 4, 12, 6, 14
-#define PM_HIGH_1 1, 9, 3, 11, 5, 13, 7, 15
-#define PM_LOW_2 0, 1, 8, 9, 4, 5, 12, 13
-#define PM_HIGH_2 2, 3, 10, 11, 6, 7, 14, 15
-#define PM_LOW_4 0, 1, 2, 3, 8, 9, 10, 11
-#define PM_HIGH_4 4, 5, 6, 7, 12, 13, 14, 15
-#elif PM_VECTOR_BYTES * 8 / PM_REAL_BITS == 4
-#define PM_STEPS 2
-#define PM_LOW_1 0, 4, 2, 6
-#define PM_HIGH_1 1, 5, 3, 7
-#define PM_LOW_2 0, 1, 4, 5
-#define PM_HIGH_2 2, 3, 6, 7
+/* y 2^(the whole number in `shifted` less the one in `origin`), which must be normal; 0 where x < lowest. The left
+ * shift drops all of the difference but its low bits. */
+PM_ALWAYS_INLINE vreal scale_by_shifted(vreal y, vreal shifted, vreal origin, vreal x, vreal lowest) {
+  const vpattern power = ((vpattern)shifted - (vpattern)origin) << PM_MANTISSA_BITS;
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512F__) && PM_REAL_BITS == 32
+  return (vreal)_mm512_maskz_add_epi32(_mm512_cmp_ps_mask((__m512)x, (__m512)lowest, _CMP_GE_OQ), (__m512i)y,
+                                       (__m512i)power);
+#elif PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vreal)_mm512_maskz_add_epi64(_mm512_cmp_pd_mask((__m512d)x, (__m512d)lowest, _CMP_GE_OQ), (__m512i)y,
+                                       (__m512i)power);
 #else
-#define PM_STEPS 1
-#define PM_LOW_1 0, 2
-#define PM_HIGH_1 1, 3
-#endif
-
-#if !defined(PM_NO_SHUFFLE)
-#define PM_EXCHANGE(d)                                         \
-  for (int i = 0; i < LANES; ++i)                              \
-    if (!(i & (d))) {                                          \
-      const vreal a = x[i], b = x[i + (d)];                    \
-      x[i] = __builtin_shufflevector(a, b, PM_LOW_##d);        \
-      x[i + (d)] = __builtin_shufflevector(a, b, PM_HIGH_##d); \
-    }
-
-PM_ALWAYS_INLINE void transpose(vreal x[LANES]){PM_EXCHANGE(1)
-#if PM_STEPS > 1
-                                                    PM_EXCHANGE(2)
-#endif
-#if PM_STEPS > 2
-                                                        PM_EXCHANGE(4)
-#endif
-#if PM_STEPS > 3
-                                                            PM_EXCHANGE(8)
+  return (vreal)((vpattern)(x >= lowest) & ((vpattern)y + power));
 #endif
 }
-#endif
 
-PM_ALWAYS_INLINE vreal load_unaligned(const real *from) {
-  vreal v;
-  memcpy(&v, from, sizeof v);
-  return v;
+/* exp(x) for -inf <= x <= 80 within 1 ulp, no NaN; 0 where the result is below the normal range. */
+PM_ALWAYS_INLINE vreal exp_(vreal x) {
+  vreal shifted;
+  const vreal y = exp_reduced(x, &shifted);
+  return scale_by_shifted(y, shifted, splat(PM_EXP_ROUND), x, splat(PM_EXP_LOWEST));
 }
 
-static void load_rows(const source *in, int64_t row, int64_t rows, int64_t E, vreal *x) {
-  int64_t i = 0;
-#if !defined(PM_NO_SHUFFLE)
-  if (in->is_double == (PM_REAL_BITS == 64)) {
-    const real *from[LANES];
-    for (int l = 0; l < LANES; ++l)
-      from[l] = (const real *)in->data + (l < rows ? row + l : row + rows - 1) * in->stride;
-    for (; i + LANES <= E; i += LANES) {
-      vreal tile[LANES];
-      for (int l = 0; l < LANES; ++l) tile[l] = load_unaligned(from[l] + i);
-      transpose(tile);
-      for (int l = 0; l < LANES; ++l) x[i + l] = tile[l];
-    }
-  }
-#endif
-  for (; i < E; ++i)
-    for (int l = 0; l < LANES; ++l) x[i][l] = read_(in, l < rows ? row + l : row + rows - 1, i);
+/* 2^n for whole n with the result in the normal range. */
+PM_ALWAYS_INLINE vreal power_of_two(vreal n) {
+  return (vreal)(((vpattern)(n + splat(PM_EXP_ROUND)) << PM_MANTISSA_BITS) + (vpattern)splat(1));
 }
 
-/* Lanes out to the rows whose lane is set in `mask`, dense with E columns. */
-static void store_rows(const vreal *x, vmask mask, int64_t row, int64_t rows, int64_t E, void *out, int is_double) {
-  int64_t i = 0;
-#if !defined(PM_NO_SHUFFLE)
-  if (is_double == (PM_REAL_BITS == 64)) {
-    for (; i + LANES <= E; i += LANES) {
-      vreal tile[LANES];
-      for (int l = 0; l < LANES; ++l) tile[l] = x[i + l];
-      transpose(tile);
-      for (int l = 0; l < LANES; ++l)
-        if (l < rows && mask[l]) memcpy((real *)out + (row + l) * E + i, &tile[l], sizeof tile[l]);
-    }
-  }
+/* n, for a power of two in the normal range; some finite number for 0. */
+PM_ALWAYS_INLINE vreal exponent_of(vreal power) {
+  const real ones = (real)((pattern)1 << PM_MANTISSA_BITS); /* its last bit counts ones */
+  return (vreal)(((vpattern)power >> PM_MANTISSA_BITS) | (vpattern)splat(ones)) - splat(ones + PM_LARGEST_EXPONENT);
+}
+
+/* a 2^n for whole n >= 0, whatever the size of n: out of range is +inf, or at least beyond 2^100. */
+PM_ALWAYS_INLINE vreal scale_up(vreal a, vreal n) {
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512F__) && PM_REAL_BITS == 32
+  return (vreal)_mm512_scalef_ps((__m512)a, (__m512)n);
+#elif PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vreal)_mm512_scalef_pd((__m512d)a, (__m512d)n);
+#else
+  const vreal most = splat(PM_LARGEST_EXPONENT), first = min_(n, most), second = min_(n - first, most);
+  return a * power_of_two(first) * power_of_two(second);
 #endif
-  for (; i < E; ++i)
-    for (int l = 0; l < LANES && l < rows; ++l)
-      if (mask[l]) write_(out, is_double, (row + l) * E + i, x[i][l]);
 }
 
 #endif

@@ -68,14 +68,15 @@ PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, int tangent) {
 /* ---- marginals ---------------------------------------------------------------------------------------------- */
 
 PM_ALWAYS_INLINE void marginals_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
+  (void)rows;
   prefix_all(k, plain, 0);
   memcpy(k->adjoint, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
   adjoint_all(k, plain, 0);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, wanted, row, rows, k->E, job->out, job->is_double);
+  store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(marginals, 1)
+PM_ROW_KERNEL(marginals, 1, 0)
 
 /* ---- covariance-vector product ------------------------------------------------------------------------------ */
 
@@ -111,10 +112,10 @@ PM_ALWAYS_INLINE void covariance_body(const pm_job *job, block *k, int64_t row, 
   load_rows(&v, row, rows, k->E, k->v);
   covariance_in_place(k, plain);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, wanted, row, rows, k->E, job->out, job->is_double);
+  store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(covariance, 2)
+PM_ROW_KERNEL(covariance, 2, 0)
 
 /* ---- scalars of a row: double precision only ----------------------------------------------------------------- */
 #if PM_REAL_BITS == 64
@@ -173,7 +174,7 @@ PM_ALWAYS_INLINE void log_partition_body(const pm_job *job, block *k, int64_t ro
   }
 }
 
-PM_ROW_KERNEL(log_partition, 1)
+PM_ROW_KERNEL(log_partition, 1, 0)
 
 /* P(|S| = j) of the block, into `top` (no longer needed for the pivot). */
 static void size_probabilities(block *k, const vreal *end) {
@@ -182,14 +183,15 @@ static void size_probabilities(block *k, const vreal *end) {
 
 PM_ALWAYS_INLINE void cardinality_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                        int plain) {
+  (void)rows;
   const int64_t width = k->b - k->a + 1;
   prefix_all(k, plain, 0);
   size_probabilities(k, prefix_end(k, 0));
   for (int64_t j = 0; j < width; ++j) k->top[j] = select_(k->poison, splat((real)NAN), k->top[j]);
-  store_rows(k->top, wanted, row, rows, width, job->out, job->is_double);
+  store_rows(k->top, lanes_of(wanted), row, width, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(cardinality, 1)
+PM_ROW_KERNEL(cardinality, 1, 0)
 
 /* sum_j g_j dP(j)/dr_i = w_i sum_j A_{i-1}[j] B_{i+1}[j+1] / Z with the sizes weighed by g_j - sum_j' g_j' P(j'). */
 PM_ALWAYS_INLINE void cardinality_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
@@ -205,10 +207,10 @@ PM_ALWAYS_INLINE void cardinality_backward_body(const pm_job *job, block *k, int
   for (int64_t j = 0; j < k->a; ++j) k->adjoint[j] = splat(0);
   adjoint_all(k, plain, 0);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, wanted, row, rows, k->E, job->out, job->is_double);
+  store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(cardinality_backward, 1)
+PM_ROW_KERNEL(cardinality_backward, 1, 0)
 
 /* H = log Z - sum m_i r_i, rearranged with x_i = r_i - lambda so that no two large terms meet:
  *   sum_i [log(1 + exp(-|x_i|)) + (x_i > 0 ? P(i not in S) x_i : -P(i in S) x_i)] + log total + lambda (j0 - E|S|). */
@@ -217,7 +219,7 @@ static void entropy_general(const pm_job *job, block *k, int64_t row, int64_t ro
   const vreal *end = prefix_end(k, 0);
   vreal drift = splat(0); /* j0 - E|S| */
   for (int j = k->a; j <= k->b; ++j)
-    for (int l = 0; l < LANES; ++l) drift[l] += (k->base_size[l] - j) * (k->sizes[j][l] * end[j][l] / k->total[l]);
+    for (int l = 0; l < LANES; ++l) drift[l] += ((int)k->base_size[l] - j) * (k->sizes[j][l] * end[j][l] / k->total[l]);
   const vreal normaliser = log_normaliser(k);
   vreal spread = splat(0);
   vreal *B = k->adjoint;
@@ -247,7 +249,7 @@ static void entropy_general(const pm_job *job, block *k, int64_t row, int64_t ro
     }
 }
 
-static pm_status entropy_rows(const pm_job *job) { return for_each_block(job, 1, NULL, entropy_general); }
+static pm_status entropy_rows(const pm_job *job) { return for_each_block(job, 1, 0, NULL, entropy_general); }
 
 /* log P(S) = sum over S of r - log Z, with x_i = r_i - lambda and log Z as above:
  *   sum over S of min(x_i, 0) - sum over the others of max(x_i, 0) - log normaliser - log total + lambda (|S| - j0). */
@@ -276,7 +278,7 @@ static void log_prob_general(const pm_job *job, block *k, int64_t row, int64_t r
   }
 }
 
-static pm_status log_prob_rows(const pm_job *job) { return for_each_block(job, 1, NULL, log_prob_general); }
+static pm_status log_prob_rows(const pm_job *job) { return for_each_block(job, 1, 0, NULL, log_prob_general); }
 
 #endif
 #endif

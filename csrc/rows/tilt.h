@@ -4,14 +4,16 @@
  * leaves the range of the type. With x_i = r_i - lambda, each row takes the first form that is safe for it:
  *
  * Plain, 1 + exp(x_i) X. lambda = logsumexp(r) - log j0 makes the odds j0 softmax(r), which routing needs anyway: no
- *   second exp, and one multiply-add a cell. They sum to j0 <= k_max, so no coefficient exceeds exp(k_max). What
- *   underflows on the way is lost: at most E k_max exp(k_max) times the smallest normal number, to be negligible beside
- *   Z even for a marginal of 1e-12. As e_j0 >= t^j0 when j0 odds reach t, counting them tells beforehand: logits of
- *   ordinary spread pass, peaked ones do not.
+ *   second exp, and one multiply-add a cell. Rounded to a power of two, it rounds nothing else. The odds then sum to at
+ *   most 1.5 k_max, and no coefficient exceeds exp(1.5 k_max). What underflows on the way is lost: at most
+ *   2 E k_max exp(1.5 k_max) times the smallest normal number, to be negligible beside Z even for a marginal of 1e-12.
+ * As e_j0 >= t^j0 when j0 odds reach t, counting them tells beforehand: logits of ordinary spread pass, peaked ones do
+ * not.
  *
  * Scaled, each factor divided by its larger coefficient. lambda is the j0-th largest logit, so that the mode itself has
  *   the product 1: Z >= 1 whatever the logits, and Z <= sum of C(E, j). No exponent is lost at either end, and the
- *   differences to logits near lambda are exact.
+ *   differences to logits near lambda are exact. For drawing, divided by the power of two below it: the plain form's
+ *   numbers, exactly, with exponents of their own (sample.h).
  *
  * Normalised, 1 - p_i + p_i X with p_i = sigmoid(x_i), where C(E, k) would leave the range: lambda solves sum p = j0 to
  *   within 1/2, then P(N = j0) is of order 1 / sqrt(j0). Measured from the pivot r_(j0), the j0-th largest logit, the
@@ -23,46 +25,117 @@
 #ifndef PM_ROWS_TILT_H
 #define PM_ROWS_TILT_H
 
-#include "block.h"
+#include "largest.h"
 
-/* Loads the rows, marks the poisoned ones and computes the softmax. */
+/* Marks the rows that have no answer, and puts zeros in their place; returns the largest logits. */
+static vreal mark_poison(block *k) {
+  const vreal infinity = splat((real)INFINITY);
+  vmask bad = {0};
+  vint unmasked = {0};
+  for (int64_t i = 0; i < k->E; ++i) {
+    bad |= ~(vmask)(k->x[i] < infinity);
+    unmasked -= (vmask)(k->x[i] > -infinity);
+  }
+  k->infeasible = (vmask)(unmasked < k->a) & ~bad;
+  k->poison = bad | k->infeasible;
+  vreal largest = -infinity;
+  for (int64_t i = 0; i < k->E; ++i) {
+    k->x[i] = select_(k->poison, splat(0), k->x[i]);
+    largest = max_(k->x[i], largest);
+  }
+  return select_((vmask)(largest == -infinity), splat(0), largest);
+}
+
+/* Loads the rows, marks the poisoned ones and computes the softmax. All of a row's exponentials share a power of two,
+ * which is no rounding; only logits so large that n log 2 would be one are first lessened by the largest. */
 static void block_load(block *k, const pm_job *job, int64_t row, int64_t rows) {
   const source in = {job->logits, job->shape.stride, job->is_double};
-  vreal *x = k->x;
   const int64_t E = k->E;
-  load_rows(&in, row, rows, E, x);
-  const vreal infinity = splat((real)INFINITY);
-  vmask bad = {0}, masked = {0};
-  vreal largest = -infinity;
+  load_rows(&in, row, rows, E, k->x);
+  vreal largest = splat(-(real)INFINITY), finite = splat(0); /* 0 as long as every logit is a finite number */
   for (int64_t i = 0; i < E; ++i) {
-    bad |= ~(vmask)(x[i] < infinity);
-    masked |= (vmask)(x[i] == -infinity);
-    largest = max_(x[i], largest);
+    largest = max_(k->x[i], largest);
+    finite = fma_(k->x[i], splat(0), finite);
   }
-  vmask few = {0};
-  if (any(masked)) {
-    vmask unmasked = {0};
-    for (int64_t i = 0; i < E; ++i) unmasked -= (vmask)(x[i] > -infinity);
-    few = (vmask)(unmasked < k->a) & ~bad;
-    largest = select_((vmask)(largest == -infinity), splat(0), largest);
-  }
-  k->infeasible = few;
-  k->poison = bad | few;
-  if (any(k->poison)) {
-    for (int64_t i = 0; i < E; ++i) x[i] = select_(k->poison, splat(0), x[i]);
-    largest = select_(k->poison, splat(0), largest);
-  }
+  k->poison = k->infeasible = (vmask){0};
+  if (any(~(vmask)(finite == splat(0)))) largest = mark_poison(k);
+  k->base = select_((vmask)(max_(largest, -largest) > splat(4096)), largest, splat(0));
+  vreal origin;
+  exp_reduced(largest - k->base, &origin);
+  k->exponent = origin - splat(PM_EXP_ROUND);
+  /* Results down to 2^-125, whatever the rounding of log 2. */
+  const vreal lowest = fma_(k->exponent, splat((real)0x1.62e42fefa39efp-1), splat(PM_EXP_LOWEST + (real)0.7));
   vreal sum = splat(0);
   for (int64_t i = 0; i < E; ++i) {
-    const vreal e = exp_(x[i] - largest);
-    k->s[i] = e;
-    sum += e;
+    const vreal x = k->x[i] - k->base;
+    vreal shifted;
+    const vreal y = exp_reduced(x, &shifted);
+    k->e[i] = scale_by_shifted(y, shifted, origin, x, lowest);
+    sum += k->e[i];
   }
-  const vreal inverse = select_((vmask)(sum > 0), splat(1) / sum, splat(0));
-  for (int64_t i = 0; i < E; ++i) k->s[i] *= inverse;
-  k->largest = largest;
   k->sum = sum;
+  k->inverse_sum = select_((vmask)(sum > splat(0)), splat(1) / sum, splat(0));
 }
+
+/* ---- plain ---------------------------------------------------------------------------------------------------- */
+
+/* The plain form is worth trying for this k_max: exp(1.5 k_max) stays far inside the range. */
+PM_ALWAYS_INLINE int plain_is_possible(int b) { return b <= (PM_REAL_BITS == 32 ? PM_SINGLE_MAX_K : 256); }
+
+static void prepare_plain(block *k) {
+  /* 1 / (smallest promised marginal x its relative error) */
+  const double negligible = PM_REAL_BITS == 32 ? 1e17 : 1e27;
+  const int sizes[2] = {k->a, k->b};
+  for (int end = 0; end < 2; ++end) {
+    const int size = sizes[end];
+    const double least = log((double)k->E * k->b * 2 * (double)PM_REAL_TINY * negligible) + 1.5 * k->b;
+    k->enough[end] = (real)(size > 0 ? exp(least / size) : 0);
+  }
+}
+
+/* Fills w and `sizes`; returns the rows for which the plain form loses nothing. */
+static vmask tilt_plain(block *k) {
+  const int64_t E = k->E;
+  const int a = k->a, b = k->b;
+  /* Where lambda is 0, and where the largest size is favoured: by the sum of the odds. */
+  const vreal most = splat(PM_LARGEST_EXPONENT - 1);
+  const vreal reach = select_((vmask)(k->base == splat(0)), k->exponent, k->base);
+  const vreal clamped = max_(min_(reach, most), -most), odds = k->sum * power_of_two(clamped);
+  const vmask below = (vmask)(odds <= splat((real)a)) & -(bits)(a > 0), above = (vmask)(odds >= splat((real)b));
+  const vmask tilted = below | above | -(bits)(a == b), large = tilted & ~(below & -(bits)(a < b));
+  k->base_size = int_select_(large, splat_bits(b), splat_bits(a));
+  /* The power of two next to j0 / sum, in whole powers so that neither the odds nor the sizes' weights are rounded. */
+  const vreal size = select_(large, splat((real)b), splat((real)a));
+  const vreal ideal = size * k->inverse_sum * splat((real)1.4142135623730951);
+  vreal power = (vreal)((vpattern)ideal & ~(vpattern)splat_bits(((bits)1 << PM_MANTISSA_BITS) - 1));
+  vreal exponent = exponent_of(power);
+  power = select_(tilted, power, power_of_two(clamped));
+  exponent = select_(tilted, exponent, clamped);
+  for (int j = 0; j < a; ++j) k->sizes[j] = splat(0);
+  if (a == b)
+    k->sizes[b] = splat(1);
+  else {
+    /* exp(-|lambda|), by which each step away from j0 weighs less; 1 where lambda is 0. */
+    const vreal lambda = select_(tilted, reach - exponent, splat(0));
+    const vreal step = power_of_two(-min_(max_(lambda, -lambda), most));
+    vreal rising = splat(1), falling = splat(1); /* from a upwards, from b downwards */
+    for (int j = a; j <= b; ++j, rising *= step) k->sizes[j] = rising;
+    for (int j = b; j >= a; --j, falling *= step) k->sizes[j] = select_(large, falling, k->sizes[j]);
+  }
+#if PM_REAL_BITS == 64
+  for (int l = 0; l < LANES; ++l)
+    k->lambda[l] = tilted[l] ? k->base[l] + (k->exponent[l] - exponent[l]) * 0.69314718055994531 : 0;
+#endif
+  const vreal needed = select_(large, splat(k->enough[1]), splat(k->enough[0]));
+  vint enough = {0}; /* experts with the odds that guarantee Z */
+  for (int64_t i = 0; i < E; ++i) {
+    k->w[i] = k->e[i] * power;
+    enough = count_where_at_most(enough, 1, needed, k->w[i]);
+  }
+  return (vmask)(enough >= k->base_size);
+}
+
+/* ---- general -------------------------------------------------------------------------------------------------- */
 
 /* Weights of the sizes for the tilt of each lane. */
 static void weigh_sizes(block *k) {
@@ -73,39 +146,7 @@ static void weigh_sizes(block *k) {
   }
   for (int l = 0; l < LANES; ++l)
     for (int j = k->a; j <= k->b; ++j)
-      k->sizes[j][l] = k->lambda[l] == 0 ? (real)1 : (real)exp(k->lambda[l] * (j - k->base_size[l]));
-}
-
-/* The plain form is worth trying for this k_max: exp(k_max) stays far inside the range. */
-PM_ALWAYS_INLINE int plain_is_possible(int b) { return b <= (PM_REAL_BITS == 32 ? PM_SINGLE_MAX_K : 256); }
-
-/* Returns the rows for which the plain form loses nothing. */
-static vmask tilt_plain(block *k) {
-  const int64_t E = k->E;
-  const int a = k->a, b = k->b;
-  /* 1 / (smallest promised marginal x its relative error) */
-  const double negligible = PM_REAL_BITS == 32 ? 1e17 : 1e27;
-  const double least = log((double)E * (b > 0 ? b : 1) * (double)PM_REAL_TINY * negligible) + b;
-  vreal scale = splat((real)b), needed = splat((real)b), odds = splat((real)(b > 0 ? exp(least / b) : 0));
-  if (a < b || PM_REAL_BITS == 64) {
-    for (int l = 0; l < LANES; ++l) {
-      const double lse = (double)k->largest[l] + log((double)k->sum[l]);
-      const int below = b == 0 || (a > 0 && lse <= log((double)a)), above = lse >= log((double)b);
-      const int outside = a == b || below || above, size = outside && !below ? b : a;
-      k->lambda[l] = outside && size > 0 ? lse - log((double)size) : 0;
-      k->base_size[l] = size;
-      scale[l] = outside ? (real)size : (real)exp(lse);
-      needed[l] = (real)size;
-      odds[l] = size > 0 ? (real)exp(least / size) : 0;
-    }
-  }
-  vreal enough = splat(0); /* experts with the odds that guarantee Z */
-  for (int64_t i = 0; i < E; ++i) {
-    k->w[i] = k->s[i] * scale;
-    enough += select_((vmask)(k->w[i] >= odds), splat(1), splat(0));
-  }
-  weigh_sizes(k);
-  return (vmask)(enough >= needed);
+      k->sizes[j][l] = k->lambda[l] == 0 ? (real)1 : (real)exp(k->lambda[l] * (j - (int)k->base_size[l]));
 }
 
 /* sigmoid(d - lambda), one minus it, and their sums over the experts. */
@@ -116,42 +157,11 @@ PM_ALWAYS_INLINE void logistic(vreal x, vreal *p, vreal *q) {
   *q = select_(negative, large, small);
 }
 
-/* The b largest logits of each row, descending, into `top`: an insertion network, every lane in step. */
-PM_ALWAYS_INLINE void sort_largest_range(const block *k, int b) {
-  vreal local[PM_UNROLLED_SIZE];
-  vreal *top = b <= PM_UNROLLED_SIZE ? local : k->top;
-#pragma GCC unroll 8
-  for (int j = 0; j < b; ++j) top[j] = splat(-(real)INFINITY);
-  for (int64_t i = 0; i < k->E; ++i) {
-    vreal x = k->x[i];
-#pragma GCC unroll 8
-    for (int j = 0; j < b; ++j) {
-      const vreal above = max_(x, top[j]);
-      x = min_(x, top[j]);
-      top[j] = above;
-    }
-  }
-  if (top == local) {
-#pragma GCC unroll 8
-    for (int j = 0; j < b; ++j) k->top[j] = top[j];
-  }
-}
-
-static void sort_largest(const block *k) {
-  switch (k->b) {
-    case 1: sort_largest_range(k, 1); break;
-    case 2: sort_largest_range(k, 2); break;
-    case 4: sort_largest_range(k, 4); break;
-    case 6: sort_largest_range(k, 6); break;
-    case 8: sort_largest_range(k, 8); break;
-    default: sort_largest_range(k, k->b); break;
-  }
-}
-
-/* The largest coefficient of the scaled form stays as far inside the range as the plain form's threshold asks. */
+/* Largest coefficient and what underflows on the way both stay inside the range, the latter as negligible as in the
+ * plain form. Scaling by powers of two leaves each factor above the pivot up to twice as large. */
 static int scaled_is_possible(const block *k) {
   const double E = (double)k->E, b = k->b, largest = lgamma(E + 1) - lgamma(b + 1) - lgamma(E - b + 1);
-  return 2 * b <= E && largest + log(E * (b + 1)) < (PM_REAL_BITS == 32 ? 41.0 : 640.0);
+  return 2 * b <= E && largest + log(E * (b + 1)) + b * log(2.0) < (PM_REAL_BITS == 32 ? 47.0 : 645.0);
 }
 
 static void tilt_scaled(block *k) {
@@ -163,15 +173,34 @@ static void tilt_scaled(block *k) {
     k->base_size[l] = below && !above ? k->a : k->b;
     if (k->b > 0 && (below || above || k->a == k->b)) pivot[l] = k->top[k->base_size[l] - 1][l];
   }
-  for (int64_t i = 0; i < E; ++i) {
-    const vreal x = k->x[i] - pivot;
-    const vmask positive = (vmask)(x > splat(0));
-    const vreal e = exp_(select_(positive, -x, x));
-    k->w[i] = select_(positive, splat(1), e);
-    k->q[i] = select_(positive, e, splat(1));
-  }
   k->pivot = pivot;
   k->offset = splat(0);
+  if (!k->by_powers) {
+    for (int64_t i = 0; i < E; ++i) {
+      const vreal x = k->x[i] - pivot;
+      const vmask positive = (vmask)(x > splat(0));
+      const vreal e = exp_(select_(positive, -x, x));
+      k->w[i] = select_(positive, splat(1), e);
+      k->q[i] = select_(positive, e, splat(1));
+    }
+    return;
+  }
+  /* exp(x) = y 2^n with y in [1, 2) where x > 0; beyond the clamp 2^-n is 0 all the same. */
+  vreal depth = splat(0);
+  for (int64_t i = 0; i < E; ++i) {
+    const vreal x = min_(k->x[i] - pivot, splat(100000));
+    vreal shifted;
+    const vreal y = exp_reduced(x, &shifted);
+    const vmask positive = (vmask)(x > splat(0)), low = (vmask)(y < splat(1));
+    const vreal n = (shifted - splat(PM_EXP_ROUND)) - select_(low, splat(1), splat(0));
+    const vreal small = scale_by_shifted(y, shifted, splat(PM_EXP_ROUND), x, splat(PM_EXP_LOWEST));
+    const vreal taken = select_(positive, n, splat(0));
+    k->w[i] = select_(positive, select_(low, y + y, y), small);
+    k->q[i] = select_((vmask)(taken < splat(PM_LARGEST_EXPONENT)), power_of_two(-taken), splat(0));
+    k->depth[i] = depth;
+    depth += taken;
+  }
+  k->depth[E] = depth;
 }
 
 static void tilt_normalised(block *k) {
@@ -189,9 +218,9 @@ static void tilt_normalised(block *k) {
     const vmask below = (vmask)(expected <= splat((real)a)), above = (vmask)(expected >= splat((real)b));
     target = select_(below, splat((real)a), splat((real)b));
     open = (below | above) & (vmask)(target > zero);
-    for (int l = 0; l < LANES; ++l) k->base_size[l] = below[l] ? a : b;
+    k->base_size = int_select_(below, splat_bits(a), splat_bits(b));
   } else {
-    for (int l = 0; l < LANES; ++l) k->base_size[l] = b;
+    k->base_size = splat_bits(b);
     open = (vmask)(target > zero);
   }
   for (int l = 0; l < LANES; ++l)
@@ -230,11 +259,12 @@ static void tilt_normalised(block *k) {
 }
 
 /* For the rows that are not safe in the plain form. */
-static void tilt_general(block *k) {
+static void tilt_general(block *k, int by_powers) {
   if (k->b == 0) /* only the empty set: as if every expert were masked */
     for (int64_t i = 0; i < k->E; ++i) k->x[i] = splat(-(real)INFINITY);
-  sort_largest(k);
+  rank_largest(k);
   k->normalised = !scaled_is_possible(k);
+  k->by_powers = by_powers && !k->normalised;
   if (k->normalised)
     tilt_normalised(k);
   else
@@ -243,28 +273,30 @@ static void tilt_general(block *k) {
   weigh_sizes(k);
 }
 
-/* Calls body(job, block, row, rows, wanted lanes) for every block of rows: for those that are safe in the plain form,
- * and for the others in a general one. Either way a row is answered from its own numbers alone. */
+/* Calls body(job, block, row, wanted lanes) for every block of rows: for those that are safe in the plain form, and
+ * for the others in a general one, scaled by powers of two if `by_powers`. Either way a row is answered from its own
+ * numbers alone. */
 typedef void (*block_body)(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted);
 
-PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, block_body plain_body,
+PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, int by_powers, block_body plain_body,
                                           block_body general_body) {
   block k;
   block_begin(&k, job, width);
+  const int plain = plain_body && plain_is_possible(k.b);
+  if (plain) prepare_plain(&k);
   vmask infeasible = {0};
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
     block_load(&k, job, row, rows);
     infeasible |= k.infeasible;
-    vmask wanted = {0};
-    for (int l = 0; l < LANES && l < rows; ++l) wanted[l] = -1;
-    if (plain_body && plain_is_possible(k.b)) {
+    vmask wanted = first_lanes(rows);
+    if (plain) {
       const vmask safe = wanted & tilt_plain(&k);
       if (any(safe)) plain_body(job, &k, row, rows, safe);
       wanted &= ~safe;
     }
     if (any(wanted)) {
-      tilt_general(&k);
+      tilt_general(&k, by_powers);
       general_body(job, &k, row, rows, wanted);
     }
   }
@@ -272,13 +304,15 @@ PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, block_bo
 }
 
 /* name_rows(job) from name_body(job, block, row, rows, wanted, plain). */
-#define PM_ROW_KERNEL(name, width)                                                                   \
+#define PM_ROW_KERNEL(name, width, by_powers)                                                        \
   static void name##_plain(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {   \
     name##_body(job, k, row, rows, wanted, 1);                                                       \
   }                                                                                                  \
   static void name##_general(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) { \
     name##_body(job, k, row, rows, wanted, 0);                                                       \
   }                                                                                                  \
-  static pm_status name##_rows(const pm_job *job) { return for_each_block(job, width, name##_plain, name##_general); }
+  static pm_status name##_rows(const pm_job *job) {                                                  \
+    return for_each_block(job, width, by_powers, name##_plain, name##_general);                      \
+  }
 
 #endif
