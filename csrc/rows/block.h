@@ -1,4 +1,4 @@
-/* A block: LANES rows at once, their factors, and the two passes of the dynamic program over them.
+/* A block: LANES rows at once, and their factors.
  *
  * Expert i contributes the factor (q_i + w_i X) to a polynomial whose coefficient of X^j is the tilted e_j:
  *     A_i[j] = q_i A_{i-1}[j] + w_i A_{i-1}[j-1]        prefix, experts 1..i
@@ -18,7 +18,7 @@
 #include "transfer.h"
 
 /* Bytes of prefix table kept at once. Two tables (value and tangent) of (64, 8) fit the first-level cache. */
-#define PM_TABLE_BYTES (192 * 1024)
+#define PM_TABLE_BYTES (320 * 1024)
 
 typedef struct block {
   int64_t E;
@@ -35,6 +35,7 @@ typedef struct block {
   vint *order;        /* [b] experts, by descending logit or in the order of a draw */
   vreal *draws;       /* [b] uniforms */
   vreal *adjoint;     /* [2 (b + 2)] B and its tangent */
+  vreal *relay;       /* [3 E] from one chunk of columns to the next (subset.h) */
   vreal *checkpoints; /* [segments][width (b + 1)] */
   vreal *table;       /* [segment + 1][width (b + 1)]: the state before each expert, and after the last */
   int64_t segment;    /* experts in a segment */
@@ -64,7 +65,7 @@ PM_ALWAYS_INLINE int64_t segment_length(int64_t E, int64_t b, int width) {
 
 static size_t block_bytes(int64_t E, int64_t b) {
   const int64_t segment = segment_length(E, b, 2), segments = (E + segment - 1) / segment;
-  const int64_t vectors = 7 * E + 1 + 2 * (b + 1) + 2 * b + 2 * (b + 2) + 2 * (b + 1) * (segments + segment + 1);
+  const int64_t vectors = 10 * E + 1 + 2 * (b + 1) + 2 * b + 2 * (b + 2) + 2 * (b + 1) * (segments + segment + 1);
   return (size_t)vectors * sizeof(vreal) + sizeof(vreal);
 }
 
@@ -89,124 +90,9 @@ static void block_begin(block *k, const pm_job *job, int width) {
   k->order = (vint *)next, next += b;
   k->draws = next, next += b;
   k->adjoint = next, next += 2 * (b + 2);
+  k->relay = next, next += 3 * E;
   k->checkpoints = next, next += k->segments * width * (b + 1);
   k->table = next;
-}
-
-/* ---- prefix ------------------------------------------------------------------------------------------------- */
-
-/* One expert: to = from times (q + w X), cut after X^b. With a tangent (v the logit's), the tangent's factor is
- * w v X, the normaliser q being a constant of the tilt. to == from is allowed. */
-PM_ALWAYS_INLINE void prefix_step(const vreal *from, vreal *to, vreal w, vreal q, vreal v, int b, int plain,
-                                  int tangent) {
-  const vreal *dfrom = from + b + 1;
-  vreal *dto = to + b + 1;
-  for (int j = b; j > 0; --j) {
-    if (tangent) {
-      const vreal inner = fma_(v, from[j - 1], dfrom[j - 1]);
-      dto[j] = fma_(w, inner, plain ? dfrom[j] : q * dfrom[j]);
-    }
-    to[j] = fma_(w, from[j - 1], plain ? from[j] : q * from[j]);
-  }
-  if (tangent) dto[0] = plain ? dfrom[0] : q * dfrom[0];
-  to[0] = plain ? from[0] : q * from[0];
-}
-
-/* `size` constant: the running state stays in registers and the table is only written. */
-#define PM_UNROLLED_SIZE 8
-PM_ALWAYS_INLINE void prefix_range(const block *k, vreal *state, vreal *table, int64_t begin, int64_t end, int size,
-                                   int plain, int tangent) {
-  const int cells = (size + 1) * (tangent ? 2 : 1);
-  if (size <= PM_UNROLLED_SIZE) {
-    vreal A[2 * (PM_UNROLLED_SIZE + 1)];
-#pragma GCC unroll 18
-    for (int c = 0; c < cells; ++c) A[c] = state[c];
-    for (int64_t i = begin; i < end; ++i) {
-      if (table) {
-#pragma GCC unroll 18
-        for (int c = 0; c < cells; ++c) table[c] = A[c];
-        table += cells;
-      }
-      const vreal w = k->w[i], q = plain ? w : k->q[i], v = tangent ? k->v[i] : w;
-#pragma GCC unroll 8
-      for (int j = size; j > 0; --j) {
-        if (tangent) {
-          const vreal inner = fma_(v, A[j - 1], A[size + j]);
-          A[size + 1 + j] = fma_(w, inner, plain ? A[size + 1 + j] : q * A[size + 1 + j]);
-        }
-        A[j] = fma_(w, A[j - 1], plain ? A[j] : q * A[j]);
-      }
-      if (!plain) {
-        A[0] = q * A[0];
-        if (tangent) A[size + 1] = q * A[size + 1];
-      }
-    }
-#pragma GCC unroll 18
-    for (int c = 0; c < cells; ++c) (table ? table : state)[c] = A[c];
-    return;
-  }
-  if (!table) {
-    for (int64_t i = begin; i < end; ++i)
-      prefix_step(state, state, k->w[i], plain ? k->w[i] : k->q[i], tangent ? k->v[i] : k->w[i], size, plain, tangent);
-    return;
-  }
-  memcpy(table, state, (size_t)cells * sizeof(vreal));
-  for (int64_t i = begin; i < end; ++i, table += cells)
-    prefix_step(table, table + cells, k->w[i], plain ? k->w[i] : k->q[i], tangent ? k->v[i] : k->w[i], size, plain,
-                tangent);
-}
-
-/* One compiled copy of `range` for each form, with and without tangents, whoever calls it. */
-#define PM_FOUR_FORMS(name, range, parameters, ...)                                                  \
-  static __attribute__((noinline)) void name##_plain parameters { range(__VA_ARGS__, 1, 0) }         \
-  static __attribute__((noinline)) void name##_plain_tangent parameters { range(__VA_ARGS__, 1, 1) } \
-  static __attribute__((noinline)) void name##_general parameters { range(__VA_ARGS__, 0, 0) }       \
-  static __attribute__((noinline)) void name##_general_tangent parameters { range(__VA_ARGS__, 0, 1) }
-
-#define PM_FORM(name, plain, tangent) \
-  ((plain) ? ((tangent) ? name##_plain_tangent : name##_plain) : ((tangent) ? name##_general_tangent : name##_general))
-
-#define PM_PREFIX(k, state, table, begin, end, plain, tangent)                         \
-  switch ((k)->b) {                                                                    \
-    case 1: prefix_range(k, state, table, begin, end, 1, plain, tangent); break;       \
-    case 2: prefix_range(k, state, table, begin, end, 2, plain, tangent); break;       \
-    case 4: prefix_range(k, state, table, begin, end, 4, plain, tangent); break;       \
-    case 6: prefix_range(k, state, table, begin, end, 6, plain, tangent); break;       \
-    case 8: prefix_range(k, state, table, begin, end, 8, plain, tangent); break;       \
-    default: prefix_range(k, state, table, begin, end, (k)->b, plain, tangent); break; \
-  }
-
-PM_FOUR_FORMS(prefix, PM_PREFIX, (const block *k, vreal *state, vreal *table, int64_t begin, int64_t end), k, state,
-              table, begin, end)
-
-/* All checkpoints, then the last segment's table; sets `total`. */
-PM_ALWAYS_INLINE void prefix_all(block *k, int plain, int tangent) {
-  const int64_t cells = (int64_t)(k->b + 1) * (tangent ? 2 : 1);
-  vreal *state = k->checkpoints;
-  for (int64_t c = 0; c < cells; ++c) state[c] = splat(0);
-  state[0] = splat(1);
-  for (int64_t s = 0; s + 1 < k->segments; ++s, state += cells) {
-    memcpy(state + cells, state, (size_t)cells * sizeof(vreal));
-    PM_FORM(prefix, plain, tangent)(k, state + cells, NULL, s * k->segment, (s + 1) * k->segment);
-  }
-  PM_FORM(prefix, plain, tangent)(k, state, k->table, (k->segments - 1) * k->segment, k->E);
-  const vreal *last = k->table + (k->E - (k->segments - 1) * k->segment) * cells;
-  vreal total = splat(0);
-  for (int j = k->a; j <= k->b; ++j) total = fma_(k->sizes[j], last[j], total);
-  k->total = total;
-  k->inverse_total = select_(k->poison, splat((real)NAN), splat(1) / total);
-}
-
-/* The table of segment s, for s = segments - 1 down to 0: the last one is there already. */
-PM_ALWAYS_INLINE void prefix_segment(const block *k, int64_t s, int plain, int tangent) {
-  if (s + 1 == k->segments) return;
-  const int64_t cells = (int64_t)(k->b + 1) * (tangent ? 2 : 1);
-  PM_FORM(prefix, plain, tangent)(k, k->checkpoints + s * cells, k->table, s * k->segment, (s + 1) * k->segment);
-}
-
-/* The state after the last expert, with the last segment's table in place. */
-PM_ALWAYS_INLINE const vreal *prefix_end(const block *k, int tangent) {
-  return k->table + (k->E - (k->segments - 1) * k->segment) * (int64_t)(k->b + 1) * (tangent ? 2 : 1);
 }
 
 #endif

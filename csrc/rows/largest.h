@@ -8,7 +8,7 @@
 #ifndef PM_ROWS_LARGEST_H
 #define PM_ROWS_LARGEST_H
 
-#include "block.h"
+#include "prefix.h"
 
 /* One lane, by insertion. */
 static void rank_lane(const block *k, int l) {
@@ -31,8 +31,8 @@ PM_ALWAYS_INLINE vmask rank_range(const block *k, int b) {
   int index_bits = 0;
   while ((int64_t)1 << index_bits < k->E) ++index_bits;
   const bits low = ((bits)1 << index_bits) - 1;
-  vint local[PM_UNROLLED_SIZE];
-  vint *key = b <= PM_UNROLLED_SIZE ? local : k->order;
+  vint local[PM_CHUNK];
+  vint *key = b <= PM_CHUNK ? local : k->order;
 #pragma GCC unroll 8
   for (int j = 0; j < b; ++j) key[j] = splat_bits(-PM_LARGEST_BITS - 1);
   vint left_out = splat_bits(-PM_LARGEST_BITS - 1), lost = splat_bits(0);
@@ -66,15 +66,12 @@ PM_ALWAYS_INLINE vmask rank_range(const block *k, int b) {
 /* Fills `order` and `top`. Poisoned rows, whose logits count as 0, are ranked 0, 1, 2, ... */
 static void rank_largest(const block *k) {
   vmask doubt;
-  switch (k->b) {
-    case 0: return;
-    case 1: doubt = rank_range(k, 1); break;
-    case 2: doubt = rank_range(k, 2); break;
-    case 4: doubt = rank_range(k, 4); break;
-    case 6: doubt = rank_range(k, 6); break;
-    case 8: doubt = rank_range(k, 8); break;
-    default: doubt = rank_range(k, k->b); break;
-  }
+  if (k->b == 0) return;
+  if (k->b > PM_CHUNK)
+    doubt = rank_range(k, k->b);
+  else
+#define PM_RANK_CALL(n) doubt = rank_range(k, n)
+    PM_FOR_COLUMNS(k->b, PM_RANK_CALL)
   for (unsigned left = lanes_of(doubt); left; left &= left - 1) rank_lane(k, __builtin_ctz(left));
 }
 

@@ -4,64 +4,89 @@
 
 #include "tilt.h"
 
-/* Back over the experts, B in registers when `size` is constant, leaving in v[i] the unscaled
+/* Back over the experts of a segment, for the columns done+1 .. done+columns of B, leaving in v[i] the unscaled
  *   value:    w_i sum_j A_{i-1}[j] B_{i+1}[j+1]                                         (marginals)
  *   tangent:  w_i sum_j A_{i-1}[j] (dB_{i+1}[j+1] + v_i B_{i+1}[j+1]) + dA_{i-1}[j] B_{i+1}[j+1]   (covariance)
- * `adjoint` holds B_{E+1}, and with a tangent dB_{E+1}, on entry. */
-PM_ALWAYS_INLINE void adjoint_range(const block *k, vreal *adjoint, const vreal *table, int64_t begin, int64_t end,
-                                    int size, int plain, int tangent) {
-  const int cells = (size + 1) * (tangent ? 2 : 1);
-  vreal local[2 * (PM_UNROLLED_SIZE + 1)];
-  vreal *B = size <= PM_UNROLLED_SIZE ? local : adjoint;
-  if (B == local) {
-#pragma GCC unroll 18
-    for (int c = 0; c < cells; ++c) B[c] = adjoint[c];
-  }
-  for (int64_t i = end - 1; i >= begin; --i) {
-    const vreal *A = table + (i - begin) * cells;
-    const vreal w = k->w[i], q = plain ? w : k->q[i], v = tangent ? k->v[i] : w;
-    vreal even = splat(0), odd = splat(0);
+ * `adjoint` holds B_{end+1}, and with a tangent dB_{end+1}, on entry, and the same of `begin` on return. The chunks of
+ * columns are taken from the highest down; `relay` carries to the next the column above it, and the sums. */
+PM_ALWAYS_INLINE void adjoint_columns(const block *k, int64_t begin, int64_t experts, int done, int columns, int plain,
+                                      int tangent) {
+  const int64_t cells = (int64_t)(k->b + 1) * (tangent ? 2 : 1), beside = k->b + 1;
+  const int highest = done + columns == k->b, lowest = done == 0;
+  vreal *state = k->adjoint + done + 1;
+  vreal *relayed_sum = k->relay, *relayed_B = k->relay + k->E, *relayed_inner = k->relay + 2 * k->E;
+  vreal B[PM_CHUNK], dB[PM_CHUNK];
 #pragma GCC unroll 8
-    for (int j = 0; j < size; ++j) {
-      vreal *sum = j & 1 ? &odd : &even;
-      if (tangent) {
-        const vreal inner = fma_(v, B[j + 1], B[size + 2 + j]);
-        *sum = fma_(A[j], inner, *sum);
-        *sum = fma_(A[size + 1 + j], B[j + 1], *sum);
-        B[size + 1 + j] = fma_(w, inner, plain ? B[size + 1 + j] : q * B[size + 1 + j]);
-      } else {
-        *sum = fma_(A[j], B[j + 1], *sum);
-      }
-      B[j] = fma_(w, B[j + 1], plain ? B[j] : q * B[j]);
-    }
-    if (!plain) {
-      B[size] = q * B[size];
-      if (tangent) B[2 * size + 1] = q * B[2 * size + 1];
-    }
-    k->v[i] = w * (even + odd);
+  for (int c = 0; c < columns; ++c) {
+    B[c] = state[c];
+    if (tangent) dB[c] = state[beside + c];
   }
-  if (B == local) {
-#pragma GCC unroll 18
-    for (int c = 0; c < cells; ++c) adjoint[c] = B[c];
+  for (int64_t i = begin + experts - 1; i >= begin; --i) {
+    const vreal *A = k->table + (i - begin) * cells + done;
+    const vreal w = k->w[i], q = plain ? w : k->q[i], v = tangent ? k->v[i] : w;
+    vreal even = highest ? splat(0) : relayed_sum[i], odd = splat(0), lower = B[0], inner = splat(0);
+    /* From below: column c is done with when c - 1 has taken from it. */
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) {
+      vreal *sum = c & 1 ? &odd : &even;
+      const int one = plain && lowest && c == 0; /* A[0] is 1, and dA[0] is 0 */
+      const vreal this_inner = tangent ? fma_(v, B[c], dB[c]) : B[c];
+      *sum = one ? *sum + this_inner : fma_(A[c], this_inner, *sum);
+      if (tangent && !one) *sum = fma_(A[beside + c], B[c], *sum);
+      if (c == 0) inner = this_inner;
+      if (c > 0) {
+        if (tangent) dB[c - 1] = fma_(w, this_inner, plain ? dB[c - 1] : q * dB[c - 1]);
+        B[c - 1] = fma_(w, B[c], plain ? B[c - 1] : q * B[c - 1]);
+      }
+    }
+    const int top = columns - 1;
+    if (!plain) {
+      B[top] = q * B[top];
+      if (tangent) dB[top] = q * dB[top];
+    }
+    if (!highest) {
+      if (tangent) dB[top] = fma_(w, relayed_inner[i], dB[top]);
+      B[top] = fma_(w, relayed_B[i], B[top]);
+    }
+    if (lowest) {
+      k->v[i] = w * (even + odd);
+    } else {
+      relayed_sum[i] = even + odd;
+      relayed_B[i] = lower;
+      if (tangent) relayed_inner[i] = inner;
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < columns; ++c) {
+    state[c] = B[c];
+    if (tangent) state[beside + c] = dB[c];
   }
 }
 
-#define PM_ADJOINT(k, begin, end, plain, tangent)                                                   \
-  switch ((k)->b) {                                                                                 \
-    case 1: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 1, plain, tangent); break;       \
-    case 2: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 2, plain, tangent); break;       \
-    case 4: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 4, plain, tangent); break;       \
-    case 6: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 6, plain, tangent); break;       \
-    case 8: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, 8, plain, tangent); break;       \
-    default: adjoint_range(k, (k)->adjoint, (k)->table, begin, end, (k)->b, plain, tangent); break; \
+#define PM_ADJOINT_FORM(name, plain, tangent)                                                  \
+  static __attribute__((noinline)) void name(const block *k, int64_t begin, int64_t experts) { \
+    for (int done = k->b; done > 0;) {                                                         \
+      const int columns = chunk_columns(done, 0);                                              \
+      done -= columns;                                                                         \
+      PM_FOR_COLUMNS(columns, PM_ADJOINT_CALL_##plain##tangent)                                \
+    }                                                                                          \
   }
+#define PM_ADJOINT_CALL_00(n) adjoint_columns(k, begin, experts, done, n, 0, 0)
+#define PM_ADJOINT_CALL_01(n) adjoint_columns(k, begin, experts, done, n, 0, 1)
+#define PM_ADJOINT_CALL_10(n) adjoint_columns(k, begin, experts, done, n, 1, 0)
+#define PM_ADJOINT_CALL_11(n) adjoint_columns(k, begin, experts, done, n, 1, 1)
 
-PM_FOUR_FORMS(adjoint, PM_ADJOINT, (const block *k, int64_t begin, int64_t end), k, begin, end)
+PM_ADJOINT_FORM(adjoint_general, 0, 0)
+PM_ADJOINT_FORM(adjoint_general_tangent, 0, 1)
+PM_ADJOINT_FORM(adjoint_plain, 1, 0)
+PM_ADJOINT_FORM(adjoint_plain_tangent, 1, 1)
 
 PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, int tangent) {
+  if (k->b == 0) /* no column to go over */
+    for (int64_t i = 0; i < k->E; ++i) k->v[i] = splat(0);
   for (int64_t s = k->segments - 1; s >= 0; --s) {
     prefix_segment(k, s, plain, tangent);
-    PM_FORM(adjoint, plain, tangent)(k, s * k->segment, s + 1 == k->segments ? k->E : (s + 1) * k->segment);
+    PM_FORM(adjoint, plain, tangent)(k, s * k->segment, segment_experts(k, s));
   }
 }
 
