@@ -67,6 +67,7 @@ static void block_load(block *k, const pm_job *job, int64_t row, int64_t rows) {
   const vreal lowest = fma_(k->exponent, splat((real)0x1.62e42fefa39efp-1), splat(PM_EXP_LOWEST + (real)0.7));
   vreal sum = splat(0);
   for (int64_t i = 0; i < E; ++i) {
+    prefetch_piece(&in, row + LANES, job->shape.rows, i, E);
     const vreal x = k->x[i] - k->base;
     vreal shifted;
     const vreal y = exp_reduced(x, &shifted);
