@@ -34,36 +34,36 @@ PM_ALWAYS_INLINE int chunk_columns(int b, int done) {
 PM_ALWAYS_INLINE void prefix_columns(const block *k, int64_t begin, int64_t experts, int done, int columns, int plain,
                                      int tangent) {
   const int64_t cells = (int64_t)(k->b + 1) * (tangent ? 2 : 1);
-  const int64_t beside = k->b + 1; /* from a value to its derivative */
-  vreal *row = k->table + done;
+  const int64_t beside = k->b + 1;                                   /* from a value to its derivative */
+  const vreal *before = k->table + done, *dbefore = before + beside; /* the column before the chunk */
+  vreal *to = k->table + cells + done + 1, *dto = to + beside;
   vreal A[PM_CHUNK], dA[PM_CHUNK];
 #pragma GCC unroll 8
   for (int c = 0; c < columns; ++c) {
-    A[c] = row[1 + c];
-    if (tangent) dA[c] = row[beside + 1 + c];
+    A[c] = before[1 + c];
+    if (tangent) dA[c] = dbefore[1 + c];
   }
   const int first = plain && done == 0;
-  for (int64_t i = begin; i < begin + experts; ++i, row += cells) {
+  for (int64_t i = begin; i < begin + experts; ++i) {
     const vreal w = k->w[i], q = plain ? w : k->q[i], v = tangent ? k->v[i] : w;
 #pragma GCC unroll 8
-    for (int c = columns - 1; c >= 0; --c) {
-      if (c == 0 && first) {
-        if (tangent) dA[0] = fma_(w, v, dA[0]);
-        A[0] += w;
-        continue;
-      }
-      const vreal before = c > 0 ? A[c > 0 ? c - 1 : 0] : row[0];
-      if (tangent) {
-        const vreal inner = fma_(v, before, c > 0 ? dA[c > 0 ? c - 1 : 0] : row[beside]);
-        dA[c] = fma_(w, inner, plain ? dA[c] : q * dA[c]);
-      }
-      A[c] = fma_(w, before, plain ? A[c] : q * A[c]);
+    for (int c = columns - 1; c > 0; --c) {
+      if (tangent) dA[c] = fma_(w, fma_(v, A[c - 1], dA[c - 1]), plain ? dA[c] : q * dA[c]);
+      A[c] = fma_(w, A[c - 1], plain ? A[c] : q * A[c]);
+    }
+    if (first) {
+      if (tangent) dA[0] = fma_(w, v, dA[0]);
+      A[0] += w;
+    } else {
+      if (tangent) dA[0] = fma_(w, fma_(v, *before, *dbefore), plain ? dA[0] : q * dA[0]);
+      A[0] = fma_(w, *before, plain ? A[0] : q * A[0]);
     }
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
-      row[cells + 1 + c] = A[c];
-      if (tangent) row[cells + beside + 1 + c] = dA[c];
+      to[c] = A[c];
+      if (tangent) dto[c] = dA[c];
     }
+    before += cells, dbefore += cells, to += cells, dto += cells;
   }
 }
 

@@ -56,54 +56,64 @@ static pm_status route_rows(const pm_job *job) { return job->sample ? route_samp
 
 /* ---- backward ------------------------------------------------------------------------------------------------ */
 
-/* h s into v (every expert) and h s z into direct, from the upstream gradient; h as in probmoe.h. Returns the sum of
- * `direct` over the experts. */
-static vreal upstream(block *k, const pm_job *job, int64_t row, int64_t rows) {
-  const int64_t E = k->E;
+PM_ALWAYS_INLINE real grad_of(const pm_job *job, int64_t at) {
+  return job->is_double ? (real)((const double *)job->vector)[at] : (real)((const float *)job->vector)[at];
+}
+
+/* h s z into direct, from the upstream gradient g, and what `normalize` takes from every expert, g.w / sum(u), into
+ * *shift; h as in probmoe.h. Returns the sum of `direct` over the experts. */
+static vreal upstream(block *k, const pm_job *job, int64_t row, int64_t rows, vreal *shift) {
+  const uint64_t E = (uint64_t)k->E;
   const int b = k->b;
-  const source grad = {job->vector, b, job->is_double};
-  for (int64_t i = 0; i < E; ++i) k->direct[i] = splat(0);
-  vreal shift = splat(0), total = splat(0); /* shift: g.w / sum(u), what `normalize` takes from every expert */
+  for (uint64_t i = 0; i < E; ++i) k->direct[i] = splat(0);
+  real total[LANES] = {0}, taken[LANES] = {0};
   for (int l = 0; l < rows; ++l) {
     const int64_t *choice = job->indices + (row + l) * b;
-    real inverse = k->inverse_sum[l], mean = 0;
+    const int64_t first = (row + l) * b;
+    const real *e = (const real *)k->e + l;
+    real *direct = (real *)k->direct + l, inverse = k->inverse_sum[l], mean = 0, sum = 0;
     if (job->normalize) {
-      real sum = 0;
       for (int j = 0; j < b; ++j) {
-        if ((uint64_t)choice[j] >= (uint64_t)E) continue;
-        sum += k->e[choice[j]][l];
-        mean += k->e[choice[j]][l] * read_(&grad, row + l, j);
+        if ((uint64_t)choice[j] >= E) continue;
+        sum += e[choice[j] * LANES];
+        mean += e[choice[j] * LANES] * grad_of(job, first + j);
       }
       inverse = sum > 0 ? 1 / sum : 0;
       mean *= inverse; /* g.w */
+      taken[l] = mean * inverse;
+      sum = 0;
     }
-    shift[l] = mean * inverse;
     for (int j = 0; j < b; ++j) {
-      if ((uint64_t)choice[j] >= (uint64_t)E) continue;
-      const real value = k->e[choice[j]][l] * (read_(&grad, row + l, j) - mean) * inverse;
-      k->direct[choice[j]][l] = value;
-      total[l] += value;
+      if ((uint64_t)choice[j] >= E) continue;
+      const real value = e[choice[j] * LANES] * (grad_of(job, first + j) - mean) * inverse;
+      direct[choice[j] * LANES] = value;
+      sum += value;
     }
+    total[l] = sum;
   }
-  if (!job->normalize) {
-    memcpy(k->v, k->direct, (size_t)E * sizeof(vreal));
-    return total;
-  }
-  for (int64_t i = 0; i < E; ++i) k->v[i] = -k->e[i] * shift;
-  for (int l = 0; l < rows; ++l) {
-    const int64_t *choice = job->indices + (row + l) * b;
-    for (int j = 0; j < b; ++j)
-      if ((uint64_t)choice[j] < (uint64_t)E) k->v[choice[j]][l] = k->direct[choice[j]][l];
-  }
-  return total;
+  memcpy(shift, taken, sizeof *shift);
+  vreal result;
+  memcpy(&result, total, sizeof result);
+  return result;
 }
 
 PM_ALWAYS_INLINE void route_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                           int plain) {
   const int64_t E = k->E;
-  const vreal share = upstream(k, job, row, rows) * k->inverse_sum;
+  vreal shift;
+  const vreal share = upstream(k, job, row, rows, &shift) * k->inverse_sum;
   if (job->marginal) {
-    covariance_in_place(k, plain);
+    const vreal *direction = k->direct; /* h s: on every expert with `normalize`, else on S alone */
+    if (job->normalize) {
+      direction = k->v;
+      for (int64_t i = 0; i < E; ++i) k->v[i] = -k->e[i] * shift;
+      for (int l = 0; l < rows; ++l)
+        for (int j = 0; j < k->b; ++j) {
+          const int64_t i = job->indices[(row + l) * k->b + j];
+          if ((uint64_t)i < (uint64_t)E) k->v[i][l] = k->direct[i][l];
+        }
+    }
+    multiply_covariance(k, direction, plain);
     for (int64_t i = 0; i < E; ++i) k->v[i] = fma_(k->v[i], k->inverse_total, fma_(-k->e[i], share, k->direct[i]));
   } else {
     for (int64_t i = 0; i < E; ++i) k->v[i] = select_(k->poison, splat((real)NAN), fma_(-k->e[i], share, k->direct[i]));

@@ -21,8 +21,9 @@ PM_ALWAYS_INLINE void adjoint_columns(const block *k, int64_t begin, int64_t exp
     B[c] = state[c];
     if (tangent) dB[c] = state[beside + c];
   }
+  const vreal *A = k->table + experts * cells + done, *dA = A + beside;
   for (int64_t i = begin + experts - 1; i >= begin; --i) {
-    const vreal *A = k->table + (i - begin) * cells + done;
+    A -= cells, dA -= cells;
     const vreal w = k->w[i], q = plain ? w : k->q[i], v = tangent ? k->v[i] : w;
     vreal even = highest ? splat(0) : relayed_sum[i], odd = splat(0), lower = B[0], inner = splat(0);
     /* From below: column c is done with when c - 1 has taken from it. */
@@ -32,7 +33,7 @@ PM_ALWAYS_INLINE void adjoint_columns(const block *k, int64_t begin, int64_t exp
       const int one = plain && lowest && c == 0; /* A[0] is 1, and dA[0] is 0 */
       const vreal this_inner = tangent ? fma_(v, B[c], dB[c]) : B[c];
       *sum = one ? *sum + this_inner : fma_(A[c], this_inner, *sum);
-      if (tangent && !one) *sum = fma_(A[beside + c], B[c], *sum);
+      if (tangent && !one) *sum = fma_(dA[c], B[c], *sum);
       if (c == 0) inner = this_inner;
       if (c > 0) {
         if (tangent) dB[c - 1] = fma_(w, this_inner, plain ? dB[c - 1] : q * dB[c - 1]);
@@ -105,21 +106,22 @@ PM_ROW_KERNEL(marginals, 1, 0)
 
 /* ---- covariance-vector product ------------------------------------------------------------------------------ */
 
-/* v -> C v in place, but for the factor inverse_total. For exact k, C 1 = 0: the direction is
- * centred first, which keeps the tangents small and with them the rounding. In the adjoint the tangent of 1 / Z is
- * folded in by starting from -(dZ/Z) times the sizes. */
-PM_ALWAYS_INLINE void covariance_in_place(block *k, int plain) {
+/* C times `direction` into v, but for the factor inverse_total. For exact k, C 1 = 0: the direction is centred first,
+ * which keeps the tangents small and with them the rounding. In the adjoint the tangent of 1 / Z is folded in by
+ * starting from -(dZ/Z) times the sizes. `direction` may be v. */
+PM_ALWAYS_INLINE void multiply_covariance(block *k, const vreal *direction, int plain) {
   const int64_t E = k->E;
   const int b = k->b;
+  vreal centre = splat(0);
   if (k->a == b) {
     vreal mass = splat(0), moment = splat(0);
     for (int64_t i = 0; i < E; ++i) {
       mass += k->w[i];
-      moment = fma_(k->w[i], k->v[i], moment);
+      moment = fma_(k->w[i], direction[i], moment);
     }
-    const vreal centre = select_((vmask)(mass > splat(0)), moment / mass, splat(0));
-    for (int64_t i = 0; i < E; ++i) k->v[i] -= centre;
+    centre = select_((vmask)(mass > splat(0)), moment / mass, splat(0));
   }
+  for (int64_t i = 0; i < E; ++i) k->v[i] = direction[i] - centre;
   prefix_all(k, plain, 1);
   const vreal *end = prefix_end(k, 1);
   vreal slope = splat(0);
@@ -135,7 +137,7 @@ PM_ALWAYS_INLINE void covariance_in_place(block *k, int plain) {
 PM_ALWAYS_INLINE void covariance_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
   const source v = {job->vector, k->E, job->is_double};
   load_rows(&v, row, rows, k->E, k->v);
-  covariance_in_place(k, plain);
+  multiply_covariance(k, k->v, plain);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
   store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }

@@ -111,8 +111,8 @@ static void load_rows(const source *in, int64_t row, int64_t rows, int64_t colum
   }
 }
 
-/* Asks for the n-th of the `columns` pieces of LANES elements that make up the block of rows from `row` on: one call for
- * each expert of a block brings in the next one meanwhile. */
+/* Asks for the n-th of the `columns` pieces of LANES elements that make up the block of rows from `row` on: one call
+ * for each expert of a block brings in the next one meanwhile. */
 PM_ALWAYS_INLINE void prefetch_piece(const source *in, int64_t row, int64_t rows, int64_t n, int64_t columns) {
   const int64_t at = row + n % LANES, column = n / LANES * LANES;
   if (at >= rows || column >= columns) return;
