@@ -14,8 +14,10 @@ typedef struct pm_job {
   int64_t *out_indices;
   void *scratch;
   uint64_t seed;
-  int is_double; /* the type of logits, vector and out; the kernel's own precision may be higher */
-  int sample;    /* routing: draw, or take the mode */
+  int64_t samples;       /* draws of each row */
+  int64_t sample_stride; /* rows from one draw to the next, in out_indices and in their numbers */
+  int is_double;         /* the type of logits, vector and out; the kernel's own precision may be higher */
+  int sample;            /* routing: draw, or take the mode */
   int normalize;
   int marginal; /* routing backward: through the marginals, or straight through */
 } pm_job;

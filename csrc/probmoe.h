@@ -63,7 +63,7 @@ extern "C" {
 typedef enum pm_status {
   PM_OK = 0,
   PM_NULL_POINTER = 1,    /* a required pointer is NULL */
-  PM_BAD_SHAPE = 2,       /* rows < 0, experts < 1 or > PM_MAX_EXPERTS, or stride < experts */
+  PM_BAD_SHAPE = 2,       /* rows < 0, experts < 1 or > PM_MAX_EXPERTS, stride < experts, or samples < 0 or too close */
   PM_BAD_CARDINALITY = 3, /* not 0 <= k_min <= k_max <= experts */
   PM_INFEASIBLE = 4,      /* a row has fewer than k_min unmasked experts (pm_infeasible_row_* finds it) */
   PM_BAD_INDEX = 5        /* an index is outside 0 .. experts */
@@ -135,9 +135,13 @@ pm_status pm_subset_log_prob_f32(const pm_shape *shape, const float *logits, con
 pm_status pm_subset_log_prob_f64(const pm_shape *shape, const double *logits, const int64_t *indices, double *out,
                                  void *scratch);
 
-/* An exact draw of S.  out [T, k_max], ascending; slots past |S| hold E. */
-pm_status pm_subset_sample_f32(const pm_shape *shape, const float *logits, uint64_t seed, int64_t *out, void *scratch);
-pm_status pm_subset_sample_f64(const pm_shape *shape, const double *logits, uint64_t seed, int64_t *out, void *scratch);
+/* Exact draws of S, `samples` >= 0 for each row at the price of one table.  out [samples, T, k_max], one draw's rows
+ * `sample_stride` >= T rows after the last one's, ascending; slots past |S| hold E.  Draw n of row t is the one that
+ * row n sample_stride + t would get: that of a batch repeated `samples` times. */
+pm_status pm_subset_sample_f32(const pm_shape *shape, const float *logits, uint64_t seed, int64_t samples,
+                               int64_t sample_stride, int64_t *out, void *scratch);
+pm_status pm_subset_sample_f64(const pm_shape *shape, const double *logits, uint64_t seed, int64_t samples,
+                               int64_t sample_stride, int64_t *out, void *scratch);
 
 /* The most probable S: every r_i > 0, then the count clamped to the band along the descending order, ties to the
  * lower index.  out [T, k_max], by descending logit; slots past |S| hold E. */

@@ -7,7 +7,8 @@ const char *pm_status_text(pm_status status) {
   switch (status) {
     case PM_OK: return "done";
     case PM_NULL_POINTER: return "a required pointer is NULL";
-    case PM_BAD_SHAPE: return "need rows >= 0, 1 <= experts <= 65536 and stride >= experts";
+    case PM_BAD_SHAPE:
+      return "need rows >= 0, 1 <= experts <= 65536, stride >= experts, and samples >= 0 at least rows apart";
     case PM_BAD_CARDINALITY: return "need 0 <= k_min <= k_max <= experts";
     case PM_BAD_INDEX: return "an index is outside 0 .. experts";
     case PM_INFEASIBLE: return "a row has fewer than k_min unmasked experts";
@@ -87,13 +88,15 @@ PM_UNARY(marginals, 0)
 PM_BINARY(cardinality_backward, 1)
 PM_BINARY(covariance_vp, 0)
 
-#define PM_SAMPLE(suffix, type, type_is_double)                                                               \
-  pm_status pm_subset_sample_##suffix(const pm_shape *shape, const type *logits, uint64_t seed, int64_t *out, \
-                                      void *scratch) {                                                        \
-    PM_RUN(sample, type_is_double, 0, .out_indices = out, .seed = seed);                                      \
-  }                                                                                                           \
-  pm_status pm_subset_mode_##suffix(const pm_shape *shape, const type *logits, int64_t *out, void *scratch) { \
-    PM_RUN(route, type_is_double, 0, .out_indices = out);                                                     \
+#define PM_SAMPLE(suffix, type, type_is_double)                                                                  \
+  pm_status pm_subset_sample_##suffix(const pm_shape *shape, const type *logits, uint64_t seed, int64_t samples, \
+                                      int64_t sample_stride, int64_t *out, void *scratch) {                      \
+    if (shape && (samples < 0 || (samples > 1 && sample_stride < shape->rows))) return PM_BAD_SHAPE;             \
+    PM_RUN(sample, type_is_double, 0, .out_indices = out, .seed = seed, .samples = samples,                      \
+           .sample_stride = sample_stride);                                                                      \
+  }                                                                                                              \
+  pm_status pm_subset_mode_##suffix(const pm_shape *shape, const type *logits, int64_t *out, void *scratch) {    \
+    PM_RUN(route, type_is_double, 0, .out_indices = out);                                                        \
   }
 
 PM_SAMPLE(f32, float, 0)

@@ -27,7 +27,7 @@ PM_ALWAYS_INLINE void route_sample_body(const pm_job *job, block *k, int64_t row
                                         int plain) {
   (void)rows;
   prefix_all(k, plain, 0);
-  draw(k, job, row, wanted, plain);
+  draw(k, job, (uint64_t)(job->shape.first_row + row), wanted, plain);
   write_route(k, job, row, wanted);
 }
 

@@ -156,11 +156,10 @@ static void choose_by_steps(const block *k, const vreal *table, int64_t begin, i
 }
 #undef PM_MASS
 
-/* Draws S into `order`: [b] ascending, slots past |S| at E; 0, 1, 2, ... for poisoned rows. Needs prefix_all;
- * overwrites `top`. */
-PM_ALWAYS_INLINE void draw(block *k, const pm_job *job, int64_t row, vmask wanted, int plain) {
+/* Draws S into `order`: [b] ascending, slots past |S| at E; 0, 1, 2, ... for poisoned rows. The rows' draws are counted
+ * from `first`. Needs the last segment's table; overwrites `top`, and with several segments the table. */
+PM_ALWAYS_INLINE void draw(block *k, const pm_job *job, uint64_t first, vmask wanted, int plain) {
   const int b = k->b;
-  const uint64_t first = (uint64_t)(job->shape.first_row + row);
   const vreal *end = prefix_end(k, 0);
   const vmask drawable = ~k->poison & (vmask)(k->total > splat(0));
   const vint size = int_select_(drawable, draw_size(k, end, job->seed, first), splat_bits(b));
@@ -187,9 +186,15 @@ PM_ALWAYS_INLINE void draw(block *k, const pm_job *job, int64_t row, vmask wante
 
 PM_ALWAYS_INLINE void sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
   (void)rows;
-  prefix_all(k, plain, 0);
-  draw(k, job, row, wanted, plain);
-  store_indices(k->order, lanes_of(wanted), row, k->b, job->out_indices);
+  for (int64_t n = 0; n < job->samples; ++n) {
+    if (n == 0)
+      prefix_all(k, plain, 0);
+    else if (k->segments > 1)
+      compute_segment(k, k->segments - 1, plain, 0);
+    const int64_t number = n * job->sample_stride + row;
+    draw(k, job, (uint64_t)(job->shape.first_row + number), wanted, plain);
+    store_indices(k->order, lanes_of(wanted), number, k->b, job->out_indices);
+  }
 }
 
 PM_ROW_KERNEL(sample, 1, 1)

@@ -119,10 +119,10 @@ Tensor choose(const char *op, const Tensor &tensor, int64_t k_min, int64_t k_max
 struct Sample {
   uint64_t seed;
   pm_status operator()(const pm_shape &s, const float *x, int64_t *to, void *scratch) const {
-    return pm_subset_sample_f32(&s, x, seed, to, scratch);
+    return pm_subset_sample_f32(&s, x, seed, 1, 0, to, scratch);
   }
   pm_status operator()(const pm_shape &s, const double *x, int64_t *to, void *scratch) const {
-    return pm_subset_sample_f64(&s, x, seed, to, scratch);
+    return pm_subset_sample_f64(&s, x, seed, 1, 0, to, scratch);
   }
 };
 

@@ -25,12 +25,12 @@ BINARY(cardinality_backward, vector)
 BINARY(covariance_vp, vector)
 BINARY(log_prob, indices)
 
-#define SELECTION(suffix)                                                                        \
-  static pm_status sample_##suffix(const call *c) {                                              \
-    return pm_subset_sample_##suffix(&c->shape, c->logits, c->seed, c->out_indices, c->scratch); \
-  }                                                                                              \
-  static pm_status mode_##suffix(const call *c) {                                                \
-    return pm_subset_mode_##suffix(&c->shape, c->logits, c->out_indices, c->scratch);            \
+#define SELECTION(suffix)                                                                              \
+  static pm_status sample_##suffix(const call *c) {                                                    \
+    return pm_subset_sample_##suffix(&c->shape, c->logits, c->seed, 1, 0, c->out_indices, c->scratch); \
+  }                                                                                                    \
+  static pm_status mode_##suffix(const call *c) {                                                      \
+    return pm_subset_mode_##suffix(&c->shape, c->logits, c->out_indices, c->scratch);                  \
   }
 SELECTION(f32)
 SELECTION(f64)

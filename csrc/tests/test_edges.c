@@ -116,6 +116,36 @@ static void ties(int is_double) {
             "equal logits, k = %lld, slot %lld", (long long)k, (long long)j);
 }
 
+/* Logits that agree in all but their last bits are ranked by them, and equal ones by their index: rows of numbers a few
+ * units in the last place apart, of either sign, with duplicates. */
+static void near_ties(int is_double) {
+  static const int64_t shapes[][2] = {{70, 8}, {60, 4}, {200, 8}, {33, 20}, {9, 9}};
+  uint64_t state = 3;
+  for (size_t n = 0; n < sizeof shapes / sizeof *shapes; ++n) {
+    const int64_t E = shapes[n][0], k = shapes[n][1], rows = 37;
+    batch b;
+    begin_batch(&b, &operators[MODE], is_double, shape_of(rows, E, k, k));
+    for (int64_t t = 0; t < rows; ++t)
+      for (int64_t i = 0; i < E; ++i) {
+        const double step = (double)random_below(&state, t % 3 == 0 ? 4 : 300) * (is_double ? 0x1p-52 : 0x1p-23);
+        set_logit(&b, t, i, (t % 2 ? -1 : 1) * (1 + step));
+      }
+    CHECK(run_batch(&b) == PM_OK, "mode");
+    for (int64_t t = 0; t < rows; ++t)
+      for (int64_t j = 0; j < k; ++j) {
+        const int64_t own = chosen(&b, t)[j];
+        int64_t ahead = 0;
+        for (int64_t i = 0; i < E; ++i) {
+          const double mine = get_logit(&b, t, own), other = get_logit(&b, t, i);
+          ahead += other > mine || (other == mine && i < own);
+        }
+        CHECK(ahead == j, "f%d E=%lld row %lld: expert %lld of rank %lld in slot %lld", is_double ? 64 : 32,
+              (long long)E, (long long)t, (long long)own, (long long)ahead, (long long)j);
+      }
+    end_batch(&b);
+  }
+}
+
 /* What log_prob refuses without an error. */
 static void impossible_subsets(int is_double) {
   const struct {
@@ -146,6 +176,7 @@ void test_edges(void) {
         rows_without_answer(&operators[id], is_double, shape_of(23, shapes[n][0], shapes[n][1], shapes[n][2]));
     empty_and_full(is_double);
     ties(is_double);
+    near_ties(is_double);
     impossible_subsets(is_double);
   }
 }

@@ -91,8 +91,34 @@ static void rarest_subset(void) {
   end_batch(&b);
 }
 
+/* Several draws of each row are those of a batch that repeats it, whether or not the table fits at once. */
+static void repeated(int64_t experts, int k_min, int k_max, double spread) {
+  enum { ROWS = 19, SAMPLES = 5 };
+  const pm_shape once = shape_of(ROWS, experts, k_min, k_max), all = shape_of(ROWS * SAMPLES, experts, k_min, k_max);
+  const size_t slots = (size_t)(ROWS * SAMPLES * k_max);
+  float *logits = malloc((size_t)(ROWS * SAMPLES * experts) * sizeof *logits);
+  int64_t *several = malloc(slots * sizeof *several), *single = malloc(slots * sizeof *single);
+  void *scratch = malloc(pm_scratch_size(experts, k_max));
+  uint64_t state = 11;
+  for (int64_t i = 0; i < ROWS * experts; ++i) logits[i] = (float)(spread * random_normal(&state));
+  for (int n = 1; n < SAMPLES; ++n)
+    memcpy(logits + n * ROWS * experts, logits, (size_t)(ROWS * experts) * sizeof *logits);
+  CHECK(pm_subset_sample_f32(&once, logits, 5, SAMPLES, ROWS, several, scratch) == PM_OK, "several samples");
+  CHECK(pm_subset_sample_f32(&all, logits, 5, 1, 0, single, scratch) == PM_OK, "one sample");
+  CHECK(memcmp(several, single, slots * sizeof *several) == 0, "E=%d band %d..%d spread %g: samples differ",
+        (int)experts, k_min, k_max, spread);
+  CHECK(pm_subset_sample_f32(&once, logits, 5, 2, ROWS - 1, several, scratch) == PM_BAD_SHAPE, "overlapping samples");
+  CHECK(pm_subset_sample_f32(&once, logits, 5, -1, ROWS, several, scratch) == PM_BAD_SHAPE, "negative samples");
+  free(logits), free(several), free(single), free(scratch);
+}
+
 void test_sampling(void) {
   rarest_subset();
+  for (int peaked = 0; peaked < 2; ++peaked) {
+    repeated(64, 8, 8, peaked ? 30 : 1);
+    repeated(60, 2, 4, peaked ? 30 : 1);
+    repeated(1000, 30, 40, peaked ? 30 : 1);
+  }
   static const int bands[][3] = {{8, 3, 3}, {8, 0, 8}, {8, 2, 4}, {5, 1, 1},
                                  {6, 5, 6}, {4, 0, 1}, {7, 4, 4}, {1, 0, 1}};
   static const int families[] = {0, 3, 6, 8, 9};

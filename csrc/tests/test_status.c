@@ -68,7 +68,7 @@ static void missing_pointers(const operation *op, int is_double) {
     CHECK(pm_subset_covariance_vp_##suffix(NULL, r, r, r, w) == PM_NULL_POINTER, "covariance_vp");                  \
     CHECK(pm_subset_entropy_##suffix(NULL, r, r, w) == PM_NULL_POINTER, "entropy");                                 \
     CHECK(pm_subset_log_prob_##suffix(NULL, r, s, r, w) == PM_NULL_POINTER, "log_prob");                            \
-    CHECK(pm_subset_sample_##suffix(NULL, r, 0, s, w) == PM_NULL_POINTER, "sample");                                \
+    CHECK(pm_subset_sample_##suffix(NULL, r, 0, 1, 0, s, w) == PM_NULL_POINTER, "sample");                          \
     CHECK(pm_subset_mode_##suffix(NULL, r, s, w) == PM_NULL_POINTER, "mode");                                       \
     CHECK(pm_route_##suffix(NULL, r, PM_FORWARD_MODE, 0, 0, r, s, w) == PM_NULL_POINTER, "route");                  \
     CHECK(pm_route_backward_##suffix(NULL, r, s, r, PM_BACKWARD_MARGINAL, 0, r, w) == PM_NULL_POINTER, "backward"); \
