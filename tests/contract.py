@@ -6,6 +6,7 @@ compiled op does.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,16 +164,28 @@ def assert_same(got: Tensors, want: Tensors, what: str) -> None:
         assert torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0)), f"{what}: output {number} differs"
 
 
+# glibc's mallopt: new memory is filled with the complement of the value's low byte. All bits set are NaN, and -1.
+M_PERTURB, ALL_BITS_SET = -6, 0x100
+
+
 @contextmanager
 def nan_filled_memory() -> Iterator[None]:
-    """Make torch.empty return NaN (floats) and the largest value (integers), so that unwritten outputs show."""
+    """Make new memory NaN (floats) and out of range (integers), so that unwritten outputs show.
+
+    torch does it for tensors from torch.empty; the operators' own come straight from the allocator, which glibc fills.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        assert mallopt(M_PERTURB, ALL_BITS_SET) == 1
     try:
         yield
     finally:
+        if mallopt is not None:
+            mallopt(M_PERTURB, 0)
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 

@@ -1,6 +1,7 @@
 // Between torch and the C core: checks, dtypes, rows over threads. Every gap of the stable ABI is bridged here.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -78,10 +79,18 @@ class Rows {
   int64_t rows, columns, stride;
 
  private:
+  // Straight from the CPU's allocator: new_empty's two trips through the dispatcher cost as much as a row's kernel.
+  // (torch's fill of uninitialised memory is left out with them; every element is written.)
   Tensor make(std::optional<int64_t> width, ScalarType type) const {
     std::vector<int64_t> sizes(sizes_.begin(), sizes_.end() - 1);
     if (width) sizes.push_back(*width);
-    return torch::stable::new_empty(tensor_, sizes, type);
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    AtenTensorHandle out = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), -1, &out));
+    return Tensor(out);
   }
 
   ScalarType original_type_;
