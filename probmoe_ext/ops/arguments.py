@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 Cardinality: TypeAlias = "int | tuple[int, int]"
 
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda", "meta")
+SEEDS = (-(1 << 63), (1 << 63) - 1)
+
+
+class _SeedOfThread(threading.local):
+    """One scalar for each thread, filled anew for each call, which has read it when it returns."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.tensor = torch.empty((), dtype=torch.int64, device="cpu")
+
+
+_seed_of_thread = _SeedOfThread()
+
+
+def nothing_watches(tensor: Tensor) -> bool:
+    """Whether this is a call on a plain CPU tensor that no compiler, ``torch.func`` transform or mode looks at."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and not is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def check_logits(logits: Tensor) -> None:
@@ -24,16 +49,19 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(
             f"logits must have shape [..., E] with E >= 1 experts in the last dimension, not {tuple(logits.shape)}"
         )
-    if logits.device.type not in DEVICES:
+    if not logits.is_cpu and logits.device.type not in DEVICES:
         raise ValueError(f"logits must be on the CPU or a CUDA device, not on {logits.device}")
 
 
 def check_band(k: Cardinality, num_experts: int) -> tuple[int, int]:
     """``(k_min, k_max)`` from ``k``, within ``0 <= k_min <= k_max <= num_experts``."""
-    band = k if isinstance(k, tuple | list) else (k, k)
-    if len(band) != 2 or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in band):
-        raise TypeError(f"k must be an int or a pair of ints (k_min, k_max), not {k!r}")
-    k_min, k_max = band
+    if type(k) is int:  # spares the usual case the walk through what else k may be
+        k_min = k_max = k
+    else:
+        band = k if isinstance(k, tuple | list) else (k, k)
+        if len(band) != 2 or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in band):
+            raise TypeError(f"k must be an int or a pair of ints (k_min, k_max), not {k!r}")
+        k_min, k_max = band
     if not 0 <= k_min <= k_max <= num_experts:
         raise ValueError(f"k must satisfy 0 <= k_min <= k_max <= E = {num_experts}, not {k!r}")
     return k_min, k_max
@@ -69,7 +97,9 @@ def check_indices(indices: Tensor, logits: Tensor, k_max: int) -> None:
 def make_seed(seed: int | Tensor | None, logits: Tensor) -> Tensor:
     """The int64 scalar that keys the draws: fresh from torch's generator of the device, or the caller's."""
     if seed is None:
-        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=logits.device)
+        if nothing_watches(logits):
+            return _seed_of_thread.tensor.random_(*SEEDS)  # what randint draws, without its new tensor
+        return torch.randint(*SEEDS, (), dtype=torch.int64, device=logits.device)
     if isinstance(seed, bool) or not isinstance(seed, int | Tensor):
         raise TypeError(f"seed must be None, an int or an int64 tensor of one element, not {type(seed).__name__}")
     if isinstance(seed, int):
@@ -85,7 +115,7 @@ def make_seed(seed: int | Tensor | None, logits: Tensor) -> Tensor:
 
 def launch(op: Callable[..., Any], *args: Any) -> Any:
     """Calls an operator; what only the data can tell (a row, an index) is a ``ValueError`` too."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return op(*args)
     try:
         return op(*args)

@@ -36,11 +36,14 @@ _top_k_vjp = register(
 
 def _save_top_k(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, _, ctx.normalize = inputs
+    ctx.set_materialize_grads(False)  # spares a gradient of zeros for the indices
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, output[1])
 
 
-def _top_k_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
+def _top_k_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None
     logits, indices = ctx.saved_tensors
     return _top_k_vjp(grad, logits, indices, ctx.normalize), None, None
 
@@ -50,11 +53,14 @@ _top_k = register("route_top_k", lambda logits, k, normalize: _slots(logits, k),
 
 def _save_probmoe(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, _, ctx.k_min, ctx.k_max, _, ctx.normalize, ctx.marginal = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, output[1])
 
 
-def _probmoe_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _probmoe_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None, None, None
     logits, indices = ctx.saved_tensors
     grad_logits = _probmoe_vjp(grad, logits, indices, ctx.k_min, ctx.k_max, ctx.normalize, ctx.marginal)
     return grad_logits, None, None, None, None, None, None
