@@ -14,8 +14,8 @@ demo: .venv/installed-train
 test: .venv/installed-test
 	$(BIN)/python -m pytest
 
-bench: .venv/installed-test
-	$(BIN)/python -m benchmarks.run
+bench: .venv/installed-bench
+	$(BIN)/python -m benchmarks.run --record
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,157 +1,239 @@
 """What is timed: for each operator, a closure that runs it on given logits, and its peer.
 
-A peer is what a user would run instead today. A speed is a ratio to the peer, timed in the same run, turn by turn.
+A peer is what a user would run instead today, or ours at another size: a speed is always a ratio of two closures timed
+in the same run, turn by turn. To add an entry, append a :class:`Benchmark` to ``_ALL``; its first four fields suffice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from probmoe_ext import ops, reference
 
-Run = Callable[[], object]
-Make = Callable[[Tensor, int], Run]
+from .peers import (
+    Make,
+    Run,
+    Size,
+    forward_only,
+    gumbel_softmax_topk,
+    largest,
+    marginals_by_circuit,
+    multinomial,
+    routed_through,
+    simple_indicator,
+    softmax_topk,
+    with_backward,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The size of a measurement: T rows of E standard normal logits times ``spread``."""
+
+    rows: int = 4096
+    experts: int = 64
+    k: Size = 8
+    spread: float = 1.0
+    threads: int = 1
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One operator: ``ours(logits, k)`` and ``peer(logits, k)`` each make the closure to time."""
+    """One operator against one peer: ``ours(logits, k)`` and ``peer(logits, k)`` each make the closure to time.
+
+    Attributes:
+        name: the operator's, and after a colon what distinguishes a second comparison of it.
+        ours: the operator.
+        peer: what it is compared with.
+        peer_name: in words.
+        tests: what must be green before it is timed.
+        suite: where ``python -m benchmarks.run`` measures it by default.
+        target: the ratio of the medians that ours shall not exceed.
+    """
 
     name: str
     ours: Make
     peer: Make
     peer_name: str
-    tests: tuple[str, ...] = field(default=("tests/ops",))
+    tests: tuple[str, ...] = ("tests/ops",)
+    suite: tuple[Case, ...] = (Case(rows=512),)
+    target: float | None = None
 
 
-def _backward(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Run]:
-    def make(logits: Tensor) -> Run:
-        leaf = logits.clone().requires_grad_()
-        upstream = torch.randn_like(forward(leaf))
-
-        def run() -> None:
-            leaf.grad = None
-            forward(leaf).backward(upstream)
-
-        return run
-
-    return make
-
-
-def _softmax_topk(logits: Tensor, k: int) -> Run:
-    return lambda: torch.topk(torch.softmax(logits, -1), k, -1)
+SIZES = tuple(
+    Case(rows, experts, k, threads=threads)
+    for threads in (1, 2)
+    for rows in (512, 4096, 16384)
+    for experts, k in ((64, 8), (60, 4), (128, 8), (256, 8))
+)
+DECODING = (Case(1), Case(8), Case(64))
+SWEEPS = {
+    "E": tuple(Case(512, experts=e) for e in (16, 32, 64, 128, 256)),
+    "k": tuple(Case(512, k=k) for k in (1, 2, 4, 8, 16, 32)),
+    "T": tuple(Case(t) for t in (1, 8, 64, 512, 4096, 16384)),
+}
+"""What the plot draws the cost against, one axis at a time."""
 
 
-def _softmax_topk_backward(logits: Tensor, k: int) -> Run:
-    return _backward(lambda x: torch.topk(torch.softmax(x, -1), k, -1).values)(logits)
+def _probmoe(logits: Tensor, k: Size) -> Tensor:
+    return ops.route_probmoe(logits, k, training=True)[0]
 
 
-def _reference(function: Callable[..., object]) -> Make:
-    return lambda logits, k: lambda: function(logits, k)
+def _top_k(logits: Tensor, k: Size) -> Tensor:
+    return ops.route_top_k(logits, largest(k))[0]
+
+
+def _softmax_topk_weights(logits: Tensor, k: Size) -> Tensor:
+    return softmax_topk(logits, k)[0]
 
 
 def _subset(name: str) -> Benchmark:
     ours, plain = getattr(ops, f"subset_{name}"), getattr(reference, f"subset_{name}")
-    return Benchmark(f"subset_{name}", _reference(ours), _reference(plain), "plain torch")
+    return Benchmark(f"subset_{name}", forward_only(ours), forward_only(plain), "plain torch")
 
 
-def _indices_benchmark() -> Benchmark:
+def _with_second(
+    name: str, second: Callable[[Tensor, Size], Tensor], ours: Callable[..., object], plain: Callable[..., object]
+) -> Benchmark:
+    """An operator of ``(logits, second, k)``; the second argument is made beforehand."""
+
     def make(function: Callable[..., object]) -> Make:
-        def bound(logits: Tensor, k: int) -> Run:
-            indices = ops.subset_mode(logits, k)
-            return lambda: function(logits, indices, k)
-
-        return bound
-
-    return Benchmark("subset_log_prob", make(ops.subset_log_prob), make(reference.subset_log_prob), "plain torch")
-
-
-def _divergence_benchmark() -> Benchmark:
-    def make(function: Callable[..., object]) -> Make:
-        def bound(logits: Tensor, k: int) -> Run:
-            other = logits + torch.randn_like(logits)
+        def bound(logits: Tensor, k: Size) -> Run:
+            other = second(logits, k)
             return lambda: function(logits, other, k)
 
         return bound
 
-    return Benchmark("subset_kl", make(ops.subset_kl), make(reference.subset_kl), "plain torch")
+    return Benchmark(name, make(ours), make(plain), "plain torch")
 
 
-def _by_parts(function: Callable[[Tensor, int], Tensor], rows: int) -> Make:
+def _by_parts(function: Callable[[Tensor, Size], Tensor], rows: int) -> Make:
     """Some rows at a time: the peer's tables for all rows at once would not fit the memory of a small machine."""
     return lambda logits, k: lambda: torch.cat([function(part, k) for part in logits.split(rows)])
 
 
-def _simple(logits: Tensor, k: int) -> Run:
-    """SIMPLE as published: a k-hot draw whose gradient is that of log-space marginals (the draw here: multinomial)."""
+def _on_threads(make: Make, threads: int) -> Make:
+    def bound(logits: Tensor, k: Size) -> Run:
+        inner = make(logits, k)
 
-    def forward(x: Tensor) -> Tensor:
-        marginals = reference.subset_marginals_log_space(x, k)
-        drawn = torch.multinomial(torch.softmax(x.detach(), -1), k)
-        return torch.zeros_like(x).scatter(-1, drawn, 1.0) + marginals - marginals.detach()
+        def run() -> None:
+            torch.set_num_threads(threads)
+            inner()
 
-    return _backward(forward)(logits)
+        return run
+
+    return bound
 
 
-def _vector_benchmark() -> Benchmark:
-    def make(function: Callable[..., object]) -> Make:
-        def bound(logits: Tensor, k: int) -> Run:
-            v = torch.randn_like(logits)
-            return lambda: function(logits, v, k)
+def _against_itself(name: str, make: Make) -> tuple[Benchmark, ...]:
+    """What a band, far spread logits, twice the experts, twice the k and a second thread change."""
 
-        return bound
+    def narrower(logits: Tensor, k: Size) -> Run:
+        return make(logits[:, : logits.shape[-1] // 2].contiguous(), k)
 
-    return Benchmark(
-        "subset_covariance_vp", make(ops.subset_covariance_vp), make(reference.subset_covariance_vp), "plain torch"
+    def smaller(logits: Tensor, k: Size) -> Run:
+        return make(logits, largest(k) // 2)
+
+    def calmer(logits: Tensor, k: Size) -> Run:
+        return make(logits / 20, k)
+
+    def exact(logits: Tensor, k: Size) -> Run:
+        return make(logits, largest(k))
+
+    wide = tuple(Case(experts=e) for e in (64, 128, 256))
+    return (
+        Benchmark(f"{name}:band", make, exact, "exact k", suite=(Case(k=(6, 8)),), target=1.3),
+        Benchmark(f"{name}:spread", make, calmer, "a twentieth the spread", suite=(Case(spread=20.0),), target=2.0),
+        Benchmark(f"{name}:experts", make, narrower, "half the experts", suite=wide, target=2 * 1.15),
+        Benchmark(
+            f"{name}:k", make, smaller, "half the k", suite=tuple(Case(k=k) for k in (8, 16, 32)), target=2 * 1.15
+        ),
+        Benchmark(
+            f"{name}:threads", _on_threads(make, 2), _on_threads(make, 1), "one thread", suite=(Case(),), target=1 / 1.8
+        ),
     )
 
 
-def _seeded(function: Callable[..., object]) -> Make:
-    return lambda logits, k: lambda: function(logits, k, seed=1)
-
-
-def _multinomial(logits: Tensor, k: int) -> Run:
-    return lambda: torch.multinomial(torch.softmax(logits, -1), k)
-
+_FORWARD, _BACKWARD = forward_only(_probmoe), with_backward(_probmoe)
+_TOP_K, _TOP_K_BACKWARD = forward_only(_top_k), with_backward(_top_k)
+_PEER, _PEER_BACKWARD = forward_only(softmax_topk), with_backward(_softmax_topk_weights)
+_SOFTMAX_TOPK = "softmax + topk"
+_LOG_SPACE = with_backward(routed_through(reference.subset_marginals_log_space))
+_CIRCUIT = with_backward(routed_through(marginals_by_circuit))
 
 _ALL = (
+    Benchmark("route_probmoe", _FORWARD, _PEER, _SOFTMAX_TOPK, suite=SIZES, target=0.20),
+    Benchmark("route_probmoe_backward", _BACKWARD, _PEER_BACKWARD, _SOFTMAX_TOPK, suite=SIZES, target=0.38),
+    Benchmark("route_top_k", _TOP_K, _PEER, _SOFTMAX_TOPK, suite=SIZES, target=0.10),
+    Benchmark("route_top_k_backward", _TOP_K_BACKWARD, _PEER_BACKWARD, _SOFTMAX_TOPK, suite=(Case(),)),
+    Benchmark("route_probmoe:decoding", _FORWARD, _PEER, _SOFTMAX_TOPK, suite=DECODING, target=2.5),
+    Benchmark("route_top_k:decoding", _TOP_K, _PEER, _SOFTMAX_TOPK, suite=DECODING, target=2.5),
+    Benchmark("route_probmoe_backward:decoding", _BACKWARD, _PEER_BACKWARD, _SOFTMAX_TOPK, suite=DECODING, target=1.6),
     Benchmark(
-        "route_probmoe",
-        lambda logits, k: lambda: ops.route_probmoe(logits, k, training=True),
-        _softmax_topk,
-        "softmax + topk",
+        "route_top_k_backward:decoding", _TOP_K_BACKWARD, _PEER_BACKWARD, _SOFTMAX_TOPK, suite=DECODING, target=1.6
     ),
     Benchmark(
-        "route_probmoe_backward",
-        lambda logits, k: _backward(lambda x: ops.route_probmoe(x, k, training=True)[0])(logits),
-        _softmax_topk_backward,
-        "softmax + topk, forward + backward",
+        "route_probmoe_backward:log_space",
+        _BACKWARD,
+        _LOG_SPACE,
+        "log-space dynamic program",
+        suite=(Case(512), Case(4096)),
+        target=1 / 150,
     ),
-    Benchmark("route_top_k", lambda logits, k: lambda: ops.route_top_k(logits, k), _softmax_topk, "softmax + topk"),
-    Benchmark("subset_sample", _seeded(ops.subset_sample), _multinomial, "softmax + multinomial"),
+    Benchmark(
+        "route_probmoe_backward:circuit", _BACKWARD, _CIRCUIT, "circuit form", suite=(Case(512),), target=1 / 1000
+    ),
+    Benchmark("route_probmoe_backward:gumbel", _BACKWARD, with_backward(gumbel_softmax_topk), "Gumbel-softmax top-k"),
+    Benchmark(
+        "route_probmoe_backward:sweep",
+        _BACKWARD,
+        _PEER_BACKWARD,
+        _SOFTMAX_TOPK,
+        suite=(*SWEEPS["E"], *SWEEPS["k"], *SWEEPS["T"]),
+    ),
+    Benchmark(
+        "route_probmoe_backward:sweep_log_space",
+        _BACKWARD,
+        _LOG_SPACE,
+        "log-space dynamic program",
+        suite=(*SWEEPS["E"], *SWEEPS["k"]),
+    ),
+    *_against_itself("route_probmoe", _FORWARD),
+    *_against_itself("route_probmoe_backward", _BACKWARD),
+    Benchmark(
+        "subset_sample",
+        forward_only(lambda logits, k: ops.subset_sample(logits, k, seed=1)),
+        forward_only(multinomial),
+        "softmax + multinomial",
+    ),
     _subset("log_partition"),
     _subset("cardinality"),
     _subset("marginals"),
     _subset("entropy"),
     _subset("mode"),
-    _vector_benchmark(),
-    _indices_benchmark(),
+    _with_second(
+        "subset_covariance_vp",
+        lambda logits, k: torch.randn_like(logits),
+        ops.subset_covariance_vp,
+        reference.subset_covariance_vp,
+    ),
+    _with_second("subset_log_prob", ops.subset_mode, ops.subset_log_prob, reference.subset_log_prob),
+    _with_second("subset_kl", lambda logits, k: logits + torch.randn_like(logits), ops.subset_kl, reference.subset_kl),
     Benchmark(
         "subset_pairwise",
-        _reference(ops.subset_pairwise),
+        forward_only(ops.subset_pairwise),
         _by_parts(reference.subset_pairwise, 64),
         "plain torch, 64 rows at a time",
     ),
-    _divergence_benchmark(),
     Benchmark(
         "subset_indicator",
-        lambda logits, k: _backward(lambda x: ops.subset_indicator(x, k, seed=1))(logits),
-        _simple,
-        "SIMPLE in plain torch, forward + backward",
+        with_backward(lambda logits, k: ops.subset_indicator(logits, k, seed=1)),
+        with_backward(simple_indicator),
+        "SIMPLE in log space, forward + backward",
     ),
 )
 

@@ -1,123 +1,106 @@
-"""Times the operators against their peers: ``python -m benchmarks.run [names] --rows 4096 --shapes 64,8``.
+"""Times the operators against their peers: ``python -m benchmarks.run 'route_*' --rows 512 --shapes "64,8;64,6-8"``.
 
-The operators' tests run first; nothing is timed on red tests. Ours and the peer take turns, so that a slow moment of
-the machine hits both; reported are medians, the 20th and 80th percentiles, and the ratio of the medians.
+The operators' tests run first; nothing is timed on red tests. Ours and the peer take turns; reported are medians, the
+20th and 80th percentiles, and the ratio of the medians, beside the target where there is one. Without --rows, --shapes,
+--spreads or --threads each benchmark runs at the sizes that it names itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import subprocess
 import sys
-import time
+from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-import torch
-
-import probmoe_ext
-
-from .registry import BENCHMARKS, Run
-
-ROOT = Path(__file__).parents[1]
+from . import report
+from .measure import ROOT, folder, machine, measure
+from .peers import Size
+from .registry import BENCHMARKS, Benchmark, Case
 
 
-def alternate(ours: Run, peer: Run, seconds: float) -> tuple[list[float], list[float]]:
-    """Times in seconds of as many turns as fit, at least 15."""
-    for _ in range(3):
-        ours()
-        peer()
-    mine: list[float] = []
-    theirs: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(mine) < 15 or time.perf_counter() < end:
-        for run, times in ((ours, mine), (peer, theirs)):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    return mine, theirs
+def size_of(text: str) -> Size:
+    """``"8"`` or the band ``"6-8"``."""
+    ends = [int(part) for part in text.split("-")]
+    return ends[0] if len(ends) == 1 else (ends[0], ends[1])
 
 
-def percentiles(times: list[float], rows: int) -> dict[str, float]:
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return {
-        "median_us_per_row": statistics.median(times) / rows * 1e6,
-        "p20": cuts[1] / rows * 1e6,
-        "p80": cuts[7] / rows * 1e6,
-    }
+def shapes_of(text: str) -> list[tuple[int, Size]]:
+    """``"64,8;64,6-8"`` as pairs of E and k."""
+    pairs = [pair.split(",") for pair in text.split(";")]
+    return [(int(experts), size_of(k)) for experts, k in pairs]
 
 
-def machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "processor": model,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        **probmoe_ext.build_info(),
-    }
+def numbers(kind: type) -> Any:
+    """A parser of comma-separated numbers."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+def cases_of(benchmark: Benchmark, options: argparse.Namespace) -> list[Case]:
+    """The product of the sizes asked for, or the benchmark's own."""
+    asked = (options.rows, options.shapes, options.spreads, options.threads)
+    if all(axis is None for axis in asked):
+        return list(benchmark.suite)
+    axes = [axis or default for axis, default in zip(asked, ([4096], [(64, 8)], [1.0], [1]), strict=True)]
+    return [Case(rows, experts, k, spread, threads) for rows, (experts, k), spread, threads in product(*axes)]
+
+
+def chosen(patterns: list[str], parser: argparse.ArgumentParser) -> list[Benchmark]:
+    """The benchmarks of the given names, in the registry's order."""
+    unknown = [p for p in patterns if not any(fnmatch(name, p) for name in BENCHMARKS)]
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
+    return [b for name, b in BENCHMARKS.items() if not patterns or any(fnmatch(name, p) for p in patterns)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the selected benchmarks and prints one line each."""
+    """Runs the selected benchmarks and prints one line each; 1 if the tests are red."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all when none is given")
-    parser.add_argument("--rows", default="4096", help="numbers of rows T, comma-separated (default: 4096)")
-    parser.add_argument("--shapes", default="64,8", help="E,k pairs, semicolon-separated (default: 64,8)")
-    parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of the logits (default: 1)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each line (default: 1)")
+    parser.add_argument("names", nargs="*", help="names or patterns such as 'route_*'; all when none is given")
+    parser.add_argument("--list", action="store_true", help="name the benchmarks and their peers, time nothing")
+    parser.add_argument("--rows", type=numbers(int), help="numbers of rows T, comma-separated")
+    parser.add_argument("--shapes", type=shapes_of, help="E,k pairs, semicolon-separated; k may be a band (64,6-8)")
+    parser.add_argument("--spreads", type=numbers(float), help="standard deviations of the logits, comma-separated")
+    parser.add_argument("--threads", type=numbers(int), help="numbers of threads, comma-separated")
+    parser.add_argument("--seconds", type=float, default=0.6, help="time for each line (default: 0.6)")
     parser.add_argument("--no-tests", action="store_true", help="trust the operators without running their tests")
-    parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument(
+        "--record", action="store_true", help="write results, plot and table of this machine into the repository"
+    )
     options = parser.parse_args(argv)
-    unknown = set(options.names) - set(BENCHMARKS)
-    if unknown:
-        parser.error(f"unknown benchmark {sorted(unknown)}; known: {', '.join(BENCHMARKS)}")
-    chosen = [BENCHMARKS[name] for name in options.names or BENCHMARKS]
+    benchmarks = chosen(options.names, parser)
+    if options.list:
+        for benchmark in benchmarks:
+            print(f"{benchmark.name:<36}against {benchmark.peer_name}")
+        return 0
     if not options.no_tests:
-        tests = sorted({test for benchmark in chosen for test in benchmark.tests})
+        tests = sorted({test for benchmark in benchmarks for test in benchmark.tests})
         if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT).returncode != 0:
             print("benchmarks: the tests are red, nothing is timed", file=sys.stderr)
             return 1
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    here = machine()
     results = []
-    print(f"{'operator':<24}{'T':>7}{'E':>5}{'k':>4}{'us/row':>10}{'peer us/row':>13}{'ratio':>8}  peer")
-    for rows in map(int, options.rows.split(",")):
-        for shape in options.shapes.split(";"):
-            experts, k = map(int, shape.split(","))
-            logits = torch.randn(rows, experts) * options.spread
-            for benchmark in chosen:
-                times = alternate(benchmark.ours(logits, k), benchmark.peer(logits, k), options.seconds)
-                ours, peer = (percentiles(t, rows) for t in times)
-                ratio = ours["median_us_per_row"] / peer["median_us_per_row"]
-                print(
-                    f"{benchmark.name:<24}{rows:>7}{experts:>5}{k:>4}{ours['median_us_per_row']:>10.4f}"
-                    f"{peer['median_us_per_row']:>13.4f}{ratio:>8.3f}  {benchmark.peer_name}"
-                )
-                results.append(
-                    {
-                        "name": benchmark.name,
-                        "T": rows,
-                        "E": experts,
-                        "k": k,
-                        "spread": options.spread,
-                        "ours": ours,
-                        "peer": peer,
-                        "peer_name": benchmark.peer_name,
-                        "ratio": ratio,
-                    }
-                )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    print(report.HEADER)
+    for benchmark in benchmarks:
+        for case in cases_of(benchmark, options):
+            results.append(measure(benchmark, case, options.seconds))
+            print(report.line(results[-1]), flush=True)
+    document = {"machine": here, "results": results}
+    path = options.json or (folder(here) / f"{here['commit']}.json" if options.record else None)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+    if options.record:
+        report.publish(document, path)
     return 0
 
 

@@ -1,0 +1,118 @@
+"""Two closures timed turn by turn, and where that was done."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import probmoe_ext
+
+from .peers import Run
+from .registry import Benchmark, Case
+
+ROOT = Path(__file__).parents[1]
+LEAST_TURNS = 7
+SHORTEST_TURN = 200e-6
+"""Seconds; shorter closures run several times a turn, so that reading the clock and cold caches do not count."""
+
+
+def _timed(run: Run, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def alternate(ours: Run, peer: Run, seconds: float) -> tuple[list[float], list[float]]:
+    """Seconds a call, turn by turn, so that a slow moment of the machine hits both; at least 7 turns."""
+    calls = []
+    for run in (ours, peer):
+        run()
+        calls.append(max(1, int(SHORTEST_TURN / min(_timed(run, 1) for _ in range(2)))))
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + seconds
+    while len(times[0]) < LEAST_TURNS or time.perf_counter() < end:
+        for run, count, record in zip((ours, peer), calls, times, strict=True):
+            record.append(_timed(run, count))
+    return times
+
+
+def summary(times: list[float], rows: int) -> dict[str, float]:
+    """Median and percentiles, in microseconds a row."""
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return {
+        "median_us_per_row": statistics.median(times) / rows * 1e6,
+        "p20": cuts[1] / rows * 1e6,
+        "p80": cuts[7] / rows * 1e6,
+    }
+
+
+def measure(benchmark: Benchmark, case: Case, seconds: float) -> dict[str, Any]:
+    """One line of the results: the case, both summaries, the ratio of the medians, and whether it meets the target."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        logits = torch.randn(case.rows, case.experts) * case.spread
+        times = alternate(benchmark.ours(logits, case.k), benchmark.peer(logits, case.k), seconds)
+    finally:
+        torch.set_num_threads(threads)
+    ours, peer = (summary(t, case.rows) for t in times)
+    ratio = ours["median_us_per_row"] / peer["median_us_per_row"]
+    return {
+        "name": benchmark.name,
+        "T": case.rows,
+        "E": case.experts,
+        "k": case.k if isinstance(case.k, int) else list(case.k),
+        "spread": case.spread,
+        "threads": case.threads,
+        "turns": len(times[0]),
+        "ours": ours,
+        "peer": peer,
+        "peer_name": benchmark.peer_name,
+        "ratio": ratio,
+        "target": benchmark.target,
+        "reached": None if benchmark.target is None else ratio <= benchmark.target,
+    }
+
+
+def processor() -> str:
+    """The CPU's model, as the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        if names:
+            return names[0].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Everything that a figure depends on."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "probmoe_ext", "csrc", "benchmarks")
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if changed else ""),
+        **probmoe_ext.build_info(),
+    }
+
+
+def folder(of: dict[str, Any]) -> Path:
+    """Where the results of a machine lie: one folder for each processor and instruction set."""
+    words = re.sub(r"\W+", "-", f"{of['processor']} {of['instruction_set']}".lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / words
