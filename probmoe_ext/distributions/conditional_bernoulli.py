@@ -12,7 +12,7 @@ from torch.distributions.kl import register_kl
 from torch.distributions.utils import lazy_property
 
 from .. import ops
-from ..ops.arguments import FLOAT_TYPES, Cardinality, check_band
+from ..ops.arguments import FLOAT_TYPES, Cardinality, apply_mask, check_band
 from ..ops.subset import k_hot
 from ..ops.subset_derived import HALF_TYPES
 from .constraints import KHot, LogOdds, OddsProbability
@@ -27,24 +27,6 @@ def _check_parameter(value: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {value.dtype}")
     if value.dim() == 0 or value.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., E] with E >= 1 experts, not {tuple(value.shape)}")
-
-
-def _masked(value: Tensor, mask: Tensor | None, fill: float) -> Tensor:
-    """The parameter, broadcast against ``mask``, with ``fill`` where that is False."""
-    if mask is None:
-        return value
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor (True keeps the expert), not {getattr(mask, 'dtype', type(mask))}")
-    try:
-        shape = torch.broadcast_shapes(mask.shape, value.shape)
-    except RuntimeError:
-        shape = torch.Size()
-    if shape[-1:] != value.shape[-1:]:
-        raise ValueError(
-            f"mask must have shape [..., E], broadcastable with the parameter's {tuple(value.shape)}, "
-            f"not {tuple(mask.shape)}"
-        )
-    return torch.where(mask, value, fill)
 
 
 class ConditionalBernoulli(Distribution):
@@ -99,11 +81,11 @@ class ConditionalBernoulli(Distribution):
             raise ValueError("exactly one of logits and probs must be given")
         if logits is not None:
             _check_parameter(logits, "logits")
-            parameter = self.logits = _masked(logits, mask, -torch.inf)
+            parameter = self.logits = apply_mask(logits, mask)
         else:
             assert probs is not None
             _check_parameter(probs, "probs")
-            parameter = self.probs = _masked(probs, mask, 0.0)
+            parameter = self.probs = apply_mask(probs, mask, "probs", 0.0)
         self.k_min, self.k_max = check_band(k, parameter.shape[-1])
         super().__init__(parameter.shape[:-1], parameter.shape[-1:], validate_args=validate_args)
         if self._validate_args:

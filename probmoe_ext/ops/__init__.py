@@ -1,9 +1,9 @@
 """Functional, differentiable, ``torch.compile``-able operators.
 
 ``logits`` is ``[..., E]`` in float32, float64, bfloat16 or float16 (the last two are computed in float32), any
-strides, any batch dimensions; -inf masks an expert out. ``k`` is the subset's size, or a pair ``(k_min, k_max)`` for a
-size within a band. Definitions follow ProbMoE (arXiv 2606.01509) and the conditional Bernoulli law; results have the
-dtype of ``logits``. The raw operators are ``torch.ops.probmoe_ext.*``.
+strides, any batch dimensions; -inf masks an expert out, and so does a False in ``mask``. ``k`` is the subset's size, or
+a pair ``(k_min, k_max)`` for a size within a band. Definitions follow ProbMoE (arXiv 2606.01509) and the conditional
+Bernoulli law; results have the dtype of ``logits``. The raw operators are ``torch.ops.probmoe_ext.*``.
 """
 
 from __future__ import annotations

@@ -67,6 +67,31 @@ def check_band(k: Cardinality, num_experts: int) -> tuple[int, int]:
     return k_min, k_max
 
 
+def apply_mask(value: Tensor, mask: Tensor | None, name: str = "logits", fill: float = -torch.inf) -> Tensor:
+    """``value`` ``[..., E]``, broadcast with ``mask``, and ``fill`` where that is False.
+
+    One pass before the operator, whose kernels know a logit of -inf as an expert that takes no part: a mask of its own
+    would save that pass and the copy, and cost every kernel a second input.
+    """
+    if mask is None:
+        return value
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        said = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor (True keeps the expert), not {said}")
+    if mask.device != value.device:
+        raise ValueError(f"mask is on {mask.device} and {name} on {value.device}, but must be together")
+    try:
+        shape = torch.broadcast_shapes(mask.shape, value.shape)
+    except RuntimeError:
+        shape = torch.Size()
+    if shape[-1:] != value.shape[-1:]:
+        raise ValueError(
+            f"mask must have shape [..., E], broadcastable with that of {name}, {tuple(value.shape)}, "
+            f"not {tuple(mask.shape)}"
+        )
+    return torch.where(mask, value, fill)
+
+
 def check_like(other: Tensor, logits: Tensor, name: str) -> None:
     """Raises unless ``other`` is a floating tensor with the shape and device of ``logits``."""
     if not isinstance(other, Tensor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the operators)
-from .arguments import Cardinality, check_band, check_logits, launch, make_seed
+from .arguments import Cardinality, apply_mask, check_band, check_logits, launch, make_seed
 from .registration import refuse_derivative, register
 
 Forward = Literal["sample", "topk"]
@@ -75,13 +75,17 @@ _probmoe = register(
 )
 
 
-def route_top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tensor]:
+def route_top_k(
+    logits: Tensor, k: int, normalize: bool = False, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Conventional routing, fused: softmax over all experts, the k largest probabilities.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.
         k: How many experts, ``0 <= k <= E``.
         normalize: Divide the weights by their sum.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``(weights, indices)``, both ``[..., k]``, by descending weight, ties to the lower index; weights in the dtype
@@ -92,6 +96,7 @@ def route_top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor
         ValueError: ``k`` is out of range, or a row has fewer than ``k`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     if not isinstance(k, int | torch.SymInt) or isinstance(k, bool):
         raise TypeError(f"k must be an int, not {k!r}")
     check_band(k, logits.shape[-1])
@@ -107,6 +112,7 @@ def route_probmoe(
     forward: Forward = "sample",
     backward: Backward = "marginal",
     seed: int | Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """ProbMoE routing (arXiv 2606.01509): a sampled subset forward, exact marginals backward.
 
@@ -126,6 +132,8 @@ def route_probmoe(
             through to the softmax, ``J_softmax^T (g z)`` alone.
         seed: For ``"sample"``: None draws one from torch's generator; an int or an int64 scalar tensor makes the call
             pure.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``(weights, indices)``, both ``[..., k_max]``: weights in the dtype of ``logits``, indices int64, ascending when
@@ -137,6 +145,7 @@ def route_probmoe(
             row has fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     k_min, k_max = check_band(k, logits.shape[-1])
     if forward not in ("sample", "topk"):
         raise ValueError(f"forward must be 'sample' or 'topk', not {forward!r}")

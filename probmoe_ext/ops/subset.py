@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference  # noqa: F401  (_C registers the operators)
-from .arguments import Cardinality, check_band, check_indices, check_like, check_logits, launch, make_seed
+from .arguments import Cardinality, apply_mask, check_band, check_indices, check_like, check_logits, launch, make_seed
 from .registration import refuse_derivative, register
 
 
@@ -49,12 +49,14 @@ def _log_partition_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]
 _log_partition = register("subset_log_partition", _per_row, _log_partition_backward, _save_logits)
 
 
-def subset_log_partition(logits: Tensor, k: Cardinality) -> Tensor:
+def subset_log_partition(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """Logarithm of the partition function, ``log Z``, ``Z`` the sum of ``e_j(exp(logits))`` over the sizes of the band.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.
         k: The size, or ``(k_min, k_max)``, ``0 <= k_min <= k_max <= E``.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[...]``, in nats, computed in double precision. Twice differentiable: its gradient is
@@ -65,6 +67,7 @@ def subset_log_partition(logits: Tensor, k: Cardinality) -> Tensor:
         ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts (the message names it).
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     return launch(_log_partition, logits, *check_band(k, logits.shape[-1]))
 
 
@@ -88,12 +91,14 @@ _cardinality_vjp = register(
 )
 
 
-def subset_cardinality(logits: Tensor, k: Cardinality) -> Tensor:
+def subset_cardinality(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """Distribution of the subset's size, ``P(|S| = j) = e_j / Z`` for ``j = k_min, ..., k_max``.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.
         k: The size, or ``(k_min, k_max)``.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[..., k_max - k_min + 1]`` probabilities; rows sum to 1. Once differentiable.
@@ -103,6 +108,7 @@ def subset_cardinality(logits: Tensor, k: Cardinality) -> Tensor:
         ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     return launch(_cardinality, logits, *check_band(k, logits.shape[-1]))
 
 
@@ -142,12 +148,14 @@ _covariance_vp = register(
 )
 
 
-def subset_marginals(logits: Tensor, k: Cardinality) -> Tensor:
+def subset_marginals(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """Inclusion probabilities ``m_i = P(i in S)``, the gradient of ``log Z``.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out (its marginal is 0).
         k: The size, or ``(k_min, k_max)``.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[..., E]`` in [0, 1]; rows sum to the expected size. The vector-Jacobian product is exact
@@ -158,16 +166,19 @@ def subset_marginals(logits: Tensor, k: Cardinality) -> Tensor:
         ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     return launch(_marginals, logits, *check_band(k, logits.shape[-1]))
 
 
-def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality) -> Tensor:
+def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """Covariance-vector product ``C v`` with ``C_ij = P(i, j in S) - m_i m_j``, in O(E k) and without the matrix.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.
         v: Same shape, the vector.
         k: The size, or ``(k_min, k_max)``.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[..., E]``. Differentiable: in ``v`` by itself, in ``logits`` (a third derivative of log Z) in plain torch.
@@ -177,6 +188,7 @@ def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality) -> Tensor:
         ValueError: Shapes or devices differ, ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     check_like(v, logits, "v")
     return launch(_covariance_vp, logits, v, *check_band(k, logits.shape[-1]))
 
@@ -195,12 +207,14 @@ def _entropy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 _entropy = register("subset_entropy", _per_row, _entropy_backward, _save_logits)
 
 
-def subset_entropy(logits: Tensor, k: Cardinality) -> Tensor:
+def subset_entropy(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """Entropy ``-sum_S P(S) log P(S) = log Z - sum_i m_i r_i`` (with ``0 (-inf) = 0``), in nats.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.
         k: The size, or ``(k_min, k_max)``.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[...]``, computed in double precision term by term, so that nothing cancels. Twice differentiable: its
@@ -211,6 +225,7 @@ def subset_entropy(logits: Tensor, k: Cardinality) -> Tensor:
         ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     return launch(_entropy, logits, *check_band(k, logits.shape[-1]))
 
 
@@ -234,13 +249,15 @@ _log_prob = register(
 )
 
 
-def subset_log_prob(logits: Tensor, indices: Tensor, k: Cardinality) -> Tensor:
+def subset_log_prob(logits: Tensor, indices: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """Log-probability of a subset, ``sum of logits over S - log Z``.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.
         indices: int64 ``[..., k_max]``, distinct members of S in any order, unused slots at E.
         k: The size, or ``(k_min, k_max)``.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[...]``, in nats, computed in double precision as a sum of terms of one sign; -inf, with gradient 0, for a
@@ -252,6 +269,7 @@ def subset_log_prob(logits: Tensor, indices: Tensor, k: Cardinality) -> Tensor:
             ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     k_min, k_max = check_band(k, logits.shape[-1])
     check_indices(indices, logits, k_max)
     return launch(_log_prob, logits, indices, k_min, k_max)
@@ -271,7 +289,12 @@ _mode = register(
 
 
 def subset_sample(
-    logits: Tensor, k: Cardinality, seed: int | Tensor | None = None, num_samples: int | None = None
+    logits: Tensor,
+    k: Cardinality,
+    seed: int | Tensor | None = None,
+    num_samples: int | None = None,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """An exact draw of S: its size from :func:`subset_cardinality`, then its members, by inversion.
 
@@ -281,6 +304,8 @@ def subset_sample(
         seed: None draws one from torch's generator; an int or an int64 scalar tensor makes the call pure. Rows draw
             independently, counted by their index (Philox4x32-10), whatever the number of threads.
         num_samples: How many independent draws of each row; None is one, without a dimension of its own.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         int64 ``[..., k_max]``, or ``[num_samples, ..., k_max]``, ascending, unused slots at E. Not differentiable.
@@ -291,6 +316,7 @@ def subset_sample(
             fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     k_min, k_max = check_band(k, logits.shape[-1])
     if num_samples is not None:
         if isinstance(num_samples, bool) or not isinstance(num_samples, int | torch.SymInt):
@@ -301,12 +327,14 @@ def subset_sample(
     return launch(_sample, logits, make_seed(seed, logits), k_min, k_max)
 
 
-def subset_mode(logits: Tensor, k: Cardinality) -> Tensor:
+def subset_mode(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """The most probable S: every positive logit, the count then clamped to the band along the descending order.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.
         k: The size, or ``(k_min, k_max)``.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         int64 ``[..., k_max]`` by descending logit, ties to the lower index, unused slots at E. Not differentiable.
@@ -316,4 +344,5 @@ def subset_mode(logits: Tensor, k: Cardinality) -> Tensor:
         ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     return launch(_mode, logits, *check_band(k, logits.shape[-1]))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import Cardinality, check_band, check_like, check_logits
+from .arguments import Cardinality, apply_mask, check_band, check_like, check_logits
 from .subset import k_hot, subset_log_prob, subset_marginals, subset_mode, subset_sample
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -24,7 +24,7 @@ def _single(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in HALF_TYPES else logits
 
 
-def subset_pairwise(logits: Tensor, k: Cardinality) -> Tensor:
+def subset_pairwise(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """Joint inclusion probabilities ``P(i in S and j in S)``; ``P(i in S)`` on the diagonal.
 
     Off the diagonal it is ``m_i P(j in S | i in S)``, where the condition leaves the same law on the other experts and
@@ -34,6 +34,8 @@ def subset_pairwise(logits: Tensor, k: Cardinality) -> Tensor:
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out (its row and column are 0).
         k: The size, or ``(k_min, k_max)``.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[..., E, E]`` in [0, 1], exactly symmetric. Once differentiable.
@@ -43,6 +45,7 @@ def subset_pairwise(logits: Tensor, k: Cardinality) -> Tensor:
         ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     k_min, k_max = check_band(k, logits.shape[-1])
     single = _single(logits)
     marginals = subset_marginals(single, (k_min, k_max)).unsqueeze(-1)
@@ -65,7 +68,7 @@ def _naming(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
         raise ValueError(str(error).replace("logits", name, 1)) from None
 
 
-def subset_kl(p_logits: Tensor, q_logits: Tensor, k: Cardinality) -> Tensor:
+def subset_kl(p_logits: Tensor, q_logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
     """Kullback-Leibler divergence ``KL(P || Q) = log Z_Q - log Z_P + sum_i m^P_i (r^P_i - r^Q_i)``, same band for both.
 
     Computed in double precision relative to P's mode M, as ``log P(M) - log Q(M) + sum_i (m^P_i - [i in M]) (r^P_i -
@@ -76,6 +79,8 @@ def subset_kl(p_logits: Tensor, q_logits: Tensor, k: Cardinality) -> Tensor:
         p_logits: ``[..., E]``, floating; -inf masks an expert out.
         q_logits: Same shape, any floating dtype.
         k: The size, or ``(k_min, k_max)``.
+        mask: bool, broadcastable with both: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[...]``, in nats and in the dtype of ``p_logits``, at least 0; +inf, with gradient 0, where Q masks an expert
@@ -89,6 +94,7 @@ def subset_kl(p_logits: Tensor, q_logits: Tensor, k: Cardinality) -> Tensor:
     """
     check_logits(p_logits)
     check_like(q_logits, p_logits, "q_logits")
+    p_logits, q_logits = apply_mask(p_logits, mask, "p_logits"), apply_mask(q_logits, mask, "q_logits")
     k_min, k_max = band = check_band(k, p_logits.shape[-1])
     p, q = p_logits.double(), q_logits.double()
     mode = _naming("p_logits", subset_mode, p.detach(), band)
@@ -106,7 +112,9 @@ def subset_kl(p_logits: Tensor, q_logits: Tensor, k: Cardinality) -> Tensor:
     return value.to(_single(p_logits).dtype).to(p_logits.dtype)
 
 
-def subset_indicator(logits: Tensor, k: Cardinality, seed: int | Tensor | None = None) -> Tensor:
+def subset_indicator(
+    logits: Tensor, k: Cardinality, seed: int | Tensor | None = None, *, mask: Tensor | None = None
+) -> Tensor:
     """A draw of S as 0/1 vector ``z``, whose gradient is that of the marginals (SIMPLE, Ahmed et al. 2023).
 
     The value is exact. The gradient is an estimate: ``g`` reaches the logits as ``C g``, with ``C = dm/dr``, which is
@@ -117,6 +125,8 @@ def subset_indicator(logits: Tensor, k: Cardinality, seed: int | Tensor | None =
         k: The size, or ``(k_min, k_max)``.
         seed: None draws one from torch's generator; an int or an int64 scalar tensor makes the call pure. The same seed
             gives the subset of :func:`subset_sample`.
+        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
+            not bool, a ValueError if it does not fit.
 
     Returns:
         ``[..., E]`` of zeros and ones in the dtype of ``logits``; NaN in a row with NaN or +inf. Once
@@ -128,6 +138,7 @@ def subset_indicator(logits: Tensor, k: Cardinality, seed: int | Tensor | None =
             experts.
     """
     check_logits(logits)
+    logits = apply_mask(logits, mask)
     drawn = k_hot(subset_sample(logits.detach(), k, seed), logits.shape[-1], logits.dtype)
     marginals = subset_marginals(logits, k)
     return drawn + (marginals - marginals.detach())

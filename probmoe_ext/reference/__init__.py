@@ -1,7 +1,8 @@
 """The ops in plain torch: oracle of the tests, baseline of the benchmarks, documentation of the semantics.
 
-Every function here has the name, arguments and results of its compiled counterpart in `probmoe_ext.ops`, but is written
-for clarity. Gradients come from autograd through the formulas, to any order. Nothing here imports the extension.
+Every function here has the name, arguments and results of its compiled counterpart in `probmoe_ext.ops`, less what is
+done before an operator is called (`mask`, `num_samples`), but is written for clarity. Gradients come from autograd
+through the formulas, to any order. Nothing here imports the extension.
 
 `float32` and `float64` are computed as they are; `bfloat16` and `float16` in `float32`, floating-point results being
 rounded back to the input's dtype at the end.
