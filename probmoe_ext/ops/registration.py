@@ -2,8 +2,8 @@
 
 A derivative registered from Python sends each call through Python a second time, below autograd, which at T = 1 costs
 several times the kernel. In eager mode the same derivative is therefore attached by a ``torch.autograd.Function``, or
-the call goes below autograd at once where nothing needs a gradient; compilers and ``torch.func`` transforms see the
-registered operator.
+the call goes below autograd at once where nothing needs a gradient; compilers see the registered operator.
+``torch.func`` transforms, which know no derivative registered from Python, see the Function.
 
 The floors at T = 1, in units of torch's softmax + topk (3.3 us, with backward 34 us, on the machine of the README):
 without gradients 0.55 for the dispatcher's boxed call and the guard below autograd, 0.1 for two outputs, 0.3 for the
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 NAMESPACE = "probmoe_ext"
@@ -32,6 +33,7 @@ def register(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    jvp: Callable[..., Any] | None = None,
     unbatched: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """Registers fake, autograd and vmap for a raw operator.
@@ -41,7 +43,8 @@ def register(
         fake: Maps fake inputs to outputs of the right shapes and dtypes.
         backward: ``backward(ctx, *grads)``, composed of operators, so that it can be differentiated in its turn. None
             for an operator that has no derivative.
-        setup_context: ``setup_context(ctx, inputs, output)`` saves for ``backward`` what it needs.
+        setup_context: ``setup_context(ctx, inputs, output)`` keeps for ``backward`` and ``jvp`` what they need.
+        jvp: ``jvp(ctx, *tangents)``, the forward-mode derivative; without one, asking for it is an error.
         unbatched: Positions of tensor arguments that all rows share (seeds), which ``vmap`` may not batch.
 
     Returns:
@@ -50,13 +53,22 @@ def register(
     qualified = f"{NAMESPACE}::{name}"
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.library.register_fake(qualified, fake)
-    torch.library.register_vmap(qualified, _vmap_rule(name, op, unbatched))
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return _cheap_way_in(op, backward, setup_context)
+    torch.library.register_vmap(qualified, vmap_rule(name, op, unbatched))
+    if backward is None:
+        return _without_derivative(op)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    return _with_derivative(name, op, backward, setup_context, jvp, unbatched)
 
 
-def _vmap_rule(name: str, op: Callable[..., Any], unbatched: tuple[int, ...]) -> Callable[..., Any]:
+def keep(ctx: Any, *tensors: Tensor) -> None:
+    """Keeps tensors for ``backward``, and for ``jvp``, which finds them in ``ctx.saved_tensors`` as well."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def vmap_rule(name: str, function: Callable[..., Any], unbatched: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """The rule for an operator whose tensors have any batch dimensions: the mapped dimension becomes the first."""
+
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         moved = []
         for position, (argument, dim) in enumerate(zip(args, in_dims, strict=True)):
@@ -68,38 +80,56 @@ def _vmap_rule(name: str, op: Callable[..., Any], unbatched: tuple[int, ...]) ->
                 moved.append(argument.expand(info.batch_size, *argument.shape))
             else:
                 moved.append(argument.movedim(dim, 0))
-        out = op(*moved)
+        out = function(*moved)
         return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
 
     return rule
 
 
-def _cheap_way_in(
-    op: Any, backward: Callable[..., Any] | None, setup_context: Callable[..., Any] | None
-) -> Callable[..., Any]:
+def _without_derivative(op: Any) -> Callable[..., Any]:
     boxed = op._op  # the operator without OpOverload's own frame
-    attach: Callable[..., Any] | None = None
-    inputs: tuple[int, ...] = ()
-    if backward is not None:
-
-        class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                with _below_autograd():
-                    output = boxed(*args)
-                if setup_context is not None:
-                    setup_context(ctx, args, output)
-                return output
-
-        Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
-        # Function.apply itself only looks for torch.func transforms, which `call` has done.
-        attach = super(torch.autograd.Function, Eager).apply
-        inputs = tuple(n for n, a in enumerate(op._schema.arguments) if isinstance(a.type, torch.TensorType))
 
     def call(*args: Any) -> Any:
         if is_compiling() or _transforms_active():
             return op(*args)
-        if attach is not None and _grad_enabled():
+        with _below_autograd():
+            return boxed(*args)
+
+    return call
+
+
+def _with_derivative(
+    name: str,
+    op: Any,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any] | None,
+    jvp: Callable[..., Any] | None,
+    unbatched: tuple[int, ...],
+) -> Callable[..., Any]:
+    boxed = op._op
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with _below_autograd():
+                return boxed(*args)
+
+    Derivative.setup_context = staticmethod(setup_context or (lambda ctx, inputs, output: None))  # type: ignore
+    Derivative.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Derivative.jvp = staticmethod(jvp or _refuse_forward_mode(name))  # type: ignore[method-assign]
+    Derivative.vmap = staticmethod(vmap_rule(name, Derivative.apply, unbatched))  # type: ignore[method-assign]
+    # Function.apply itself only looks for torch.func transforms, which `call` has done.
+    attach = super(torch.autograd.Function, Derivative).apply
+    inputs = tuple(n for n, a in enumerate(op._schema.arguments) if isinstance(a.type, torch.TensorType))
+
+    def call(*args: Any) -> Any:
+        if is_compiling():
+            return op(*args)
+        if _transforms_active():
+            return Derivative.apply(*args)
+        if forward_ad._current_level >= 0:
+            return attach(*args)
+        if _grad_enabled():
             for n in inputs:
                 if args[n].requires_grad:
                     return attach(*args)
@@ -107,6 +137,16 @@ def _cheap_way_in(
             return boxed(*args)
 
     return call
+
+
+def _refuse_forward_mode(name: str) -> Callable[..., Any]:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative; use reverse mode (backward, torch.func.vjp, grad or jacrev) or "
+            "probmoe_ext.reference"
+        )
+
+    return jvp
 
 
 def refuse_derivative(reason: str) -> Callable[..., Any]:

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, reference  # noqa: F401  (_C registers the operators)
+from .. import _C  # noqa: F401  (registers the operators)
 from .arguments import Cardinality, apply_mask, check_band, check_indices, check_like, check_logits, launch, make_seed
-from .registration import refuse_derivative, register
+from .registration import keep, refuse_derivative, register
+from .subset_third import third_derivative
 
 
 def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, ctx.k_min, ctx.k_max = inputs
-    ctx.save_for_backward(logits)
+    keep(ctx, logits)
 
 
 def _per_row(logits: Tensor, k_min: int, k_max: int) -> Tensor:
@@ -46,7 +47,12 @@ def _log_partition_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]
     return grad.unsqueeze(-1) * _marginals(logits, ctx.k_min, ctx.k_max), None, None
 
 
-_log_partition = register("subset_log_partition", _per_row, _log_partition_backward, _save_logits)
+def _log_partition_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    (logits,) = ctx.saved_tensors
+    return (_marginals(logits, ctx.k_min, ctx.k_max) * tangent).sum(-1)
+
+
+_log_partition = register("subset_log_partition", _per_row, _log_partition_backward, _save_logits, _log_partition_jvp)
 
 
 def subset_log_partition(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
@@ -83,7 +89,17 @@ def _cardinality_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return _cardinality_vjp(grad, logits, ctx.k_min, ctx.k_max), None, None
 
 
-_cardinality = register("subset_cardinality", _cardinality_fake, _cardinality_backward, _save_logits)
+def _cardinality_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    (logits,) = ctx.saved_tensors
+    sizes = ctx.k_max - ctx.k_min + 1
+    # The Jacobian row by row: one vector-Jacobian product for each size.
+    units = torch.eye(sizes, dtype=logits.dtype, device=logits.device)
+    units = units.reshape(sizes, *(1 for _ in logits.shape[:-1]), sizes).expand(sizes, *logits.shape[:-1], sizes)
+    rows = _cardinality_vjp(units, logits.expand(sizes, *logits.shape), ctx.k_min, ctx.k_max)
+    return (rows * tangent).sum(-1).movedim(0, -1)
+
+
+_cardinality = register("subset_cardinality", _cardinality_fake, _cardinality_backward, _save_logits, _cardinality_jvp)
 _cardinality_vjp = register(
     "subset_cardinality_backward",
     lambda grad, logits, k_min, k_max: logits.new_empty(logits.shape),
@@ -122,29 +138,43 @@ def _marginals_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 def _save_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, v, ctx.k_min, ctx.k_max = inputs
-    ctx.save_for_backward(logits, v)
+    ctx.set_materialize_grads(False)
+    keep(ctx, logits, v)
 
 
-def _covariance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _marginals_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    (logits,) = ctx.saved_tensors
+    return _covariance_vp(logits, tangent, ctx.k_min, ctx.k_max)
+
+
+def _covariance_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
     logits, v = ctx.saved_tensors
     grad_logits = grad_v = None
-    if ctx.needs_input_grad[0]:
-        # A third derivative of log Z, asked for by second derivatives of the entropy alone: no kernel of its own.
-        with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            product = reference.subset_covariance_vp(leaf, v.detach(), (ctx.k_min, ctx.k_max))
-            (grad_logits,) = torch.autograd.grad(product, leaf, grad.detach())
-    if ctx.needs_input_grad[1]:
+    if grad is not None and ctx.needs_input_grad[0]:
+        grad_logits = third_derivative(logits, v, grad, ctx.k_min, ctx.k_max)
+    if grad is not None and ctx.needs_input_grad[1]:
         grad_v = _covariance_vp(logits, grad, ctx.k_min, ctx.k_max)
     return grad_logits, grad_v, None, None
 
 
-_marginals = register("subset_marginals", _per_expert, _marginals_backward, _save_logits)
+def _covariance_jvp(ctx: Any, logits_tangent: Tensor | None, v_tangent: Tensor | None, *_: None) -> Tensor:
+    logits, v = ctx.saved_tensors
+    tangent = torch.zeros_like(logits)
+    if logits_tangent is not None:
+        # T(v, t): the third derivative of log Z is symmetric, too.
+        tangent = third_derivative(logits, v, logits_tangent, ctx.k_min, ctx.k_max)
+    if v_tangent is not None:
+        tangent = tangent + _covariance_vp(logits, v_tangent, ctx.k_min, ctx.k_max)
+    return tangent
+
+
+_marginals = register("subset_marginals", _per_expert, _marginals_backward, _save_logits, _marginals_jvp)
 _covariance_vp = register(
     "subset_covariance_vp",
     lambda logits, v, k_min, k_max: logits.new_empty(logits.shape),
     _covariance_backward,
     _save_both,
+    _covariance_jvp,
 )
 
 
@@ -196,15 +226,23 @@ def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality, *, mask: Ten
 # ---- entropy and log-probability ----------------------------------------------------------------------------------
 
 
-def _entropy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _entropy_gradient(ctx: Any) -> Tensor:
     (logits,) = ctx.saved_tensors
     # In double precision as the value: the direction is the logits, whose size multiplies the rounding of C.
     wide = logits.double()
     slope = _covariance_vp(wide, wide.masked_fill(wide == -torch.inf, 0.0), ctx.k_min, ctx.k_max)
-    return -grad.unsqueeze(-1) * slope.to(logits.dtype), None, None
+    return -slope.to(logits.dtype)
 
 
-_entropy = register("subset_entropy", _per_row, _entropy_backward, _save_logits)
+def _entropy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad.unsqueeze(-1) * _entropy_gradient(ctx), None, None
+
+
+def _entropy_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    return (_entropy_gradient(ctx) * tangent).sum(-1)
+
+
+_entropy = register("subset_entropy", _per_row, _entropy_backward, _save_logits, _entropy_jvp)
 
 
 def subset_entropy(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
@@ -231,14 +269,22 @@ def subset_entropy(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None
 
 def _save_subset(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, indices, ctx.k_min, ctx.k_max = inputs
-    ctx.save_for_backward(logits, indices, output)
+    keep(ctx, logits, indices, output)
 
 
-def _log_prob_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _log_prob_gradient(ctx: Any) -> Tensor:
     logits, indices, log_prob = ctx.saved_tensors
     gradient = k_hot(indices, logits.shape[-1], logits.dtype) - _marginals(logits, ctx.k_min, ctx.k_max)
     possible = (log_prob > -torch.inf) | log_prob.isnan()
-    return torch.where(possible, grad, 0.0).unsqueeze(-1) * gradient, None, None, None
+    return torch.where(possible.unsqueeze(-1), gradient, 0.0)
+
+
+def _log_prob_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad.unsqueeze(-1) * _log_prob_gradient(ctx), None, None, None
+
+
+def _log_prob_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    return (_log_prob_gradient(ctx) * tangent).sum(-1)
 
 
 _log_prob = register(
@@ -246,6 +292,7 @@ _log_prob = register(
     lambda logits, indices, k_min, k_max: logits.new_empty(logits.shape[:-1]),
     _log_prob_backward,
     _save_subset,
+    _log_prob_jvp,
 )
 
 
