@@ -176,8 +176,9 @@ class ConditionalBernoulli(Distribution):
 
         After the same ``torch.manual_seed`` these are the members of what :meth:`sample` returns.
         """
-        with torch.no_grad():
-            return ops.subset_sample(self.logits.expand(self._extended_shape(torch.Size(sample_shape))), self.k)
+        shape = torch.Size(sample_shape)
+        drawn = ops.subset_sample(self.logits.detach(), self.k, num_samples=shape.numel())
+        return drawn.reshape(*shape, *self.batch_shape, self.k_max)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of 0/1 vectors ``[..., E]`` of any dtype, broadcast against ``batch_shape``.
