@@ -47,7 +47,7 @@ def provenance(document: dict[str, Any]) -> str:
     of = document["machine"]
     return (
         f"{of['processor']} ({of['instruction_set']}, {of['cores']} cores), torch {of['torch']}, "
-        f"commit {of['commit']}, float32, tests green; `python -m benchmarks.run`."
+        f"commit {of['commit']}, float32, tests {document['tests']}, load {of['load']}; `python -m benchmarks.run`."
     )
 
 

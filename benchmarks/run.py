@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases_of(benchmark, options):
             results.append(measure(benchmark, case, options.seconds))
             print(report.line(results[-1]), flush=True)
-    document = {"machine": here, "results": results}
+    document = {"machine": here, "tests": "not run" if options.no_tests else "green", "results": results}
     path = options.json or (folder(here) / f"{here['commit']}.json" if options.record else None)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

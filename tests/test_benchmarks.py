@@ -122,7 +122,8 @@ def result(**changes: Any) -> dict[str, Any]:
 
 
 DOCUMENT = {
-    "machine": {"processor": "CPU", "instruction_set": "isa", "cores": 2, "torch": "2", "commit": "abc"},
+    "machine": {"processor": "CPU", "instruction_set": "isa", "cores": 2, "torch": "2", "commit": "abc", "load": 0.5},
+    "tests": "green",
     "results": [result(), result(ratio=2.0, reached=False, threads=1), result(name="free", target=None, reached=None)],
 }
 
@@ -140,6 +141,7 @@ def test_tables_between_markers(tmp_path: Path) -> None:
     assert text.startswith("top\n<!-- benchmarks: summary -->\n") and text.endswith(
         "<!-- benchmarks: end -->\nbottom\n"
     )
+    assert "CPU (isa, 2 cores), torch 2, commit abc, float32, tests green, load 0.5;" in text
     assert "old" not in text and "\nmiddle\n" in text
     assert "| `op` | peer | 1 – 2 | T = 7, (E, k) = (64, 6–8), 1 thread | ≤ 1.3 | 1 of 2 |" in text
     assert text.count("`free`") == 1, "the summary has those with a target alone"
