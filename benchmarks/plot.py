@@ -46,6 +46,7 @@ def cost(document: dict[str, Any], path: Path) -> None:
             panel.set(xscale="log", yscale="log", xlabel=label)
             panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2))
             panel.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+            panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             panel.grid(True, which="major", alpha=0.3)
         panels[0].set_ylabel("forward + backward, µs a row")
         panels[0].legend(frameon=False)
