@@ -119,10 +119,14 @@ def check_indices(indices: Tensor, logits: Tensor, k_max: int) -> None:
         )
 
 
-def make_seed(seed: int | Tensor | None, logits: Tensor) -> Tensor:
-    """The int64 scalar that keys the draws: fresh from torch's generator of the device, or the caller's."""
+def make_seed(seed: int | Tensor | None, logits: Tensor, *, read_at_once: bool = False) -> Tensor:
+    """The int64 scalar that keys the draws: fresh from torch's generator of the device, or the caller's.
+
+    ``read_at_once`` promises that the operator keeps nothing of it, for a backward pass say: a fresh seed may then lie
+    where the next call's will.
+    """
     if seed is None:
-        if nothing_watches(logits):
+        if read_at_once and nothing_watches(logits):
             return _seed_of_thread.tensor.random_(*SEEDS)  # what randint draws, without its new tensor
         return torch.randint(*SEEDS, (), dtype=torch.int64, device=logits.device)
     if isinstance(seed, bool) or not isinstance(seed, int | Tensor):

@@ -152,5 +152,5 @@ def route_probmoe(
     if backward not in ("marginal", "ste"):
         raise ValueError(f"backward must be 'marginal' or 'ste', not {backward!r}")
     sample = training and forward == "sample"
-    key = make_seed(seed, logits) if sample else None
+    key = make_seed(seed, logits, read_at_once=True) if sample else None
     return launch(_probmoe, logits, key, k_min, k_max, sample, bool(normalize), training and backward == "marginal")

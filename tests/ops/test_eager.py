@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from probmoe_ext import ops
-from probmoe_ext.ops.arguments import SEEDS
+from probmoe_ext.ops.arguments import SEEDS, make_seed
 
 OPS = torch.ops.probmoe_ext
 
@@ -94,6 +94,17 @@ def test_a_fresh_seed_is_what_randint_draws() -> None:
     torch.manual_seed(3)
     with Log():
         assert torch.equal(ops.subset_sample(logits, 4), want)
+
+
+def test_a_seed_that_is_kept_stays() -> None:
+    """Unless the operator reads it at once, a fresh seed has memory of its own."""
+    logits = torch.zeros(2, 8)
+    kept = make_seed(None, logits)
+    value = kept.clone()
+    for read_at_once in (False, True):
+        assert make_seed(None, logits, read_at_once=read_at_once) != value
+        ops.subset_sample(logits, 2)
+        assert kept == value
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
