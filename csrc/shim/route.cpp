@@ -27,7 +27,8 @@ std::tuple<Tensor, Tensor> route(const char *op, const Tensor &tensor, uint64_t 
 std::tuple<Tensor, Tensor> route_probmoe(Tensor logits, std::optional<Tensor> seed, int64_t k_min, int64_t k_max,
                                          bool sample, bool normalize,
                                          bool /* marginal: read by the backward pass alone */) {
-  const uint64_t bits = sample ? read_seed("route_probmoe", seed) : 0;
+  // Eager callers leave the seed out, which saves them a call; a graph, which the fake kernel serves, must have it.
+  const uint64_t bits = !sample ? 0 : seed ? read_seed("route_probmoe", seed) : draw_seed();
   return route("route_probmoe", logits, bits, k_min, k_max, sample ? PM_FORWARD_SAMPLE : PM_FORWARD_MODE, normalize);
 }
 

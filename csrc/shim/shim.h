@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -111,6 +112,16 @@ inline uint64_t read_seed(const char *op, const std::optional<Tensor> &seed) {
   if (!seed || seed->scalar_type() != ScalarType::Long || seed->numel() != 1 || !seed->is_cpu())
     fail("probmoe_ext::", op, ": seed must be an int64 tensor of one element on the CPU");
   return static_cast<uint64_t>(*static_cast<const int64_t *>(seed->const_data_ptr()));
+}
+
+// A seed from torch's default CPU generator: the value that torch.randint(-2**63, 2**63 - 1, ()) would have drawn.
+inline uint64_t draw_seed() {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_int64(),
+                                                         aoti_torch_device_type_cpu(), -1, &handle));
+  const Tensor seed(handle);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_randint_low_out(handle, INT64_MIN, INT64_MAX, nullptr, 0));
+  return static_cast<uint64_t>(*static_cast<const int64_t *>(seed.const_data_ptr()));
 }
 
 // Scratch of the calling thread, kept between calls unless it is large.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,18 +13,6 @@ Cardinality: TypeAlias = "int | tuple[int, int]"
 
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda", "meta")
-SEEDS = (-(1 << 63), (1 << 63) - 1)
-
-
-class _SeedOfThread(threading.local):
-    """One scalar for each thread, filled anew for each call, which has read it when it returns."""
-
-    def __init__(self) -> None:
-        with torch.inference_mode(False):
-            self.tensor = torch.empty((), dtype=torch.int64, device="cpu")
-
-
-_seed_of_thread = _SeedOfThread()
 
 
 def nothing_watches(tensor: Tensor) -> bool:
@@ -119,16 +106,10 @@ def check_indices(indices: Tensor, logits: Tensor, k_max: int) -> None:
         )
 
 
-def make_seed(seed: int | Tensor | None, logits: Tensor, *, read_at_once: bool = False) -> Tensor:
-    """The int64 scalar that keys the draws: fresh from torch's generator of the device, or the caller's.
-
-    ``read_at_once`` promises that the operator keeps nothing of it, for a backward pass say: a fresh seed may then lie
-    where the next call's will.
-    """
+def make_seed(seed: int | Tensor | None, logits: Tensor) -> Tensor:
+    """The int64 scalar that keys the draws: fresh from torch's generator of the device, or the caller's."""
     if seed is None:
-        if read_at_once and nothing_watches(logits):
-            return _seed_of_thread.tensor.random_(*SEEDS)  # what randint draws, without its new tensor
-        return torch.randint(*SEEDS, (), dtype=torch.int64, device=logits.device)
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=logits.device)
     if isinstance(seed, bool) or not isinstance(seed, int | Tensor):
         raise TypeError(f"seed must be None, an int or an int64 tensor of one element, not {type(seed).__name__}")
     if isinstance(seed, int):

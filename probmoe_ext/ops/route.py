@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the operators)
-from .arguments import Cardinality, apply_mask, check_band, check_logits, launch, make_seed
+from .arguments import Cardinality, apply_mask, check_band, check_logits, launch, make_seed, nothing_watches
 from .registration import refuse_derivative, register
 
 Forward = Literal["sample", "topk"]
@@ -51,6 +51,14 @@ def _top_k_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | Non
 _top_k = register("route_top_k", lambda logits, k, normalize: _slots(logits, k), _top_k_backward, _save_top_k)
 
 
+def _probmoe_fake(
+    logits: Tensor, seed: Tensor | None, k_min: int, k_max: int, sample: bool, normalize: bool, marginal: bool
+) -> tuple[Tensor, Tensor]:
+    if sample and seed is None:
+        raise ValueError("route_probmoe needs a seed outside eager mode: what is traced must be a pure function")
+    return _slots(logits, k_max)
+
+
 def _save_probmoe(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, _, ctx.k_min, ctx.k_max, _, ctx.normalize, ctx.marginal = inputs
     ctx.set_materialize_grads(False)
@@ -68,7 +76,7 @@ def _probmoe_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | N
 
 _probmoe = register(
     "route_probmoe",
-    lambda logits, seed, k_min, k_max, sample, normalize, marginal: _slots(logits, k_max),
+    _probmoe_fake,
     _probmoe_backward,
     _save_probmoe,
     unbatched=(1,),
@@ -152,5 +160,15 @@ def route_probmoe(
     if backward not in ("marginal", "ste"):
         raise ValueError(f"backward must be 'marginal' or 'ste', not {backward!r}")
     sample = training and forward == "sample"
-    key = make_seed(seed, logits, read_at_once=True) if sample else None
-    return launch(_probmoe, logits, key, k_min, k_max, sample, bool(normalize), training and backward == "marginal")
+    if sample and not (seed is None and nothing_watches(logits)):  # then the operator draws one itself
+        seed = make_seed(seed, logits)
+    return launch(
+        _probmoe,
+        logits,
+        seed if sample else None,
+        k_min,
+        k_max,
+        sample,
+        bool(normalize),
+        training and backward == "marginal",
+    )

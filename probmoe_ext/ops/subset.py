@@ -371,7 +371,7 @@ def subset_sample(
         if num_samples < 0:
             raise ValueError(f"num_samples must be at least 0, not {num_samples}")
         logits = logits.expand(num_samples, *logits.shape)
-    return launch(_sample, logits, make_seed(seed, logits, read_at_once=True), k_min, k_max)
+    return launch(_sample, logits, make_seed(seed, logits), k_min, k_max)
 
 
 def subset_mode(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:

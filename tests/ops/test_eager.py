@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from probmoe_ext import ops
-from probmoe_ext.ops.arguments import SEEDS, make_seed
 
 OPS = torch.ops.probmoe_ext
 
@@ -79,32 +78,38 @@ def test_fake_tensors_stay_fake() -> None:
         assert isinstance(output, FakeTensor) and output.shape == (3, 2)
 
 
-def test_a_fresh_seed_is_what_randint_draws() -> None:
+@pytest.mark.parametrize("name", ["subset_sample", "route_probmoe"])
+def test_a_fresh_seed_is_what_randint_draws(name: str) -> None:
     """In eager mode, compiled, and under a mode: the same experts after the same torch.manual_seed."""
     logits = torch.randn(50, 16)
+
+    def draw(x: Tensor, seed: Tensor | None = None) -> Tensor:
+        if name == "subset_sample":
+            return ops.subset_sample(x, 4, seed)
+        return ops.route_probmoe(x, 4, training=True, seed=seed)[1]
+
     torch.manual_seed(3)
-    seed = torch.randint(*SEEDS, ())
+    seed = torch.randint(-(2**63), 2**63 - 1, ())
     after = torch.get_rng_state()
-    want = ops.subset_sample(logits, 4, seed=seed)
-    compiled = torch.compile(lambda x: ops.subset_sample(x, 4), fullgraph=True, backend="aot_eager")
-    for draw in (lambda: ops.subset_sample(logits, 4), lambda: compiled(logits)):
+    want = draw(logits, seed)
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for function, x in ((draw, logits), (compiled, logits), (draw, logits.clone().requires_grad_())):
         torch.manual_seed(3)
-        assert torch.equal(draw(), want)
+        assert torch.equal(function(x), want)
         assert torch.equal(torch.get_rng_state(), after)
     torch.manual_seed(3)
     with Log():
-        assert torch.equal(ops.subset_sample(logits, 4), want)
+        assert torch.equal(draw(logits), want)
 
 
-def test_a_seed_that_is_kept_stays() -> None:
-    """Unless the operator reads it at once, a fresh seed has memory of its own."""
-    logits = torch.zeros(2, 8)
-    kept = make_seed(None, logits)
-    value = kept.clone()
-    for read_at_once in (False, True):
-        assert make_seed(None, logits, read_at_once=read_at_once) != value
-        ops.subset_sample(logits, 2)
-        assert kept == value
+def test_a_graph_must_have_its_seed() -> None:
+    """Traced without one, the raw operator would draw the same experts each time, or be merged with its like."""
+    with pytest.raises(Exception, match="route_probmoe needs a seed outside eager mode"):
+        torch.compile(
+            lambda x: torch.ops.probmoe_ext.route_probmoe(x, None, 2, 2, True, False, True),
+            fullgraph=True,
+            backend="aot_eager",
+        )(torch.randn(3, 8))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -139,8 +144,8 @@ def test_threads_and_inference_mode_keep_seeds_apart() -> None:
 
     def work() -> None:
         with torch.inference_mode():
-            ops.subset_sample(logits, 32)
-        drawn.extend(ops.subset_sample(logits, 32)[0].tolist() for _ in range(200))
+            ops.route_probmoe(logits, 32, training=True)
+        drawn.extend(ops.route_probmoe(logits, 32, training=True)[1][0].tolist() for _ in range(200))
 
     workers = [threading.Thread(target=work) for _ in range(3)]
     for worker in workers:
