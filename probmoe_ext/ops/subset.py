@@ -272,19 +272,21 @@ def _save_subset(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     keep(ctx, logits, indices, output)
 
 
-def _log_prob_gradient(ctx: Any) -> Tensor:
+def _log_prob_gradient(ctx: Any) -> tuple[Tensor, Tensor]:
+    """``z - m``, and which subsets have a probability: of the others nothing is passed on."""
     logits, indices, log_prob = ctx.saved_tensors
     gradient = k_hot(indices, logits.shape[-1], logits.dtype) - _marginals(logits, ctx.k_min, ctx.k_max)
-    possible = (log_prob > -torch.inf) | log_prob.isnan()
-    return torch.where(possible.unsqueeze(-1), gradient, 0.0)
+    return gradient, (log_prob > -torch.inf) | log_prob.isnan()
 
 
 def _log_prob_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return grad.unsqueeze(-1) * _log_prob_gradient(ctx), None, None, None
+    gradient, possible = _log_prob_gradient(ctx)
+    return torch.where(possible, grad, 0.0).unsqueeze(-1) * gradient, None, None, None
 
 
 def _log_prob_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-    return (_log_prob_gradient(ctx) * tangent).sum(-1)
+    gradient, possible = _log_prob_gradient(ctx)
+    return torch.where(possible, (gradient * tangent).sum(-1), 0.0)
 
 
 _log_prob = register(

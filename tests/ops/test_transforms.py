@@ -110,6 +110,8 @@ def test_log_prob(band: Band) -> None:
         return oracle.log_prob(r[None], indices[None], band)[0]
 
     equal(jacfwd(lambda r: ops.subset_log_prob(r, indices, band))(x), plain_jacobian(truth, x))
+    outside = torch.tensor([0, 0, E])[: band[1]]
+    assert (jacfwd(lambda r: ops.subset_log_prob(r, outside, band))(x) == 0).all(), "-inf, with derivative 0"
     equal(hessian(lambda r: ops.subset_log_prob(r, indices, band))(x), torch.autograd.functional.hessian(truth, x))
 
 
