@@ -7,10 +7,10 @@ the call goes below autograd at once where nothing needs a gradient; compilers s
 
 The floors of route_probmoe at T = 1, E = 64, k = 8, in units of torch's softmax + topk (3.3 us on a Zen 4 core, 33 us
 with backward). Without gradients: 0.6 for the dispatcher's boxed call with seven arguments, 0.15 for the guard below
-autograd, 0.25 for two outputs, 0.4 for the checks and their frames, 0.45 for a fresh seed, before any row is computed.
+autograd, 0.25 for two outputs, 0.4 for the checks and their frames, 0.3 for a fresh seed, before any row is computed.
 With backward: 0.7 for the autograd engine, 0.15 for a Function that does nothing, and each of the two operators again
 as above. A derivative in C++ would save the Function, but torch's stable ABI has none; packing the flags of the schema
-into one number would save 0.15, at the price of an operator that nobody can read.
+into one number would save 0.2, at the price of an operator that nobody can read.
 """
 
 from __future__ import annotations
