@@ -44,8 +44,13 @@ extern const pm_kernels pm_kernels_avx2_f32, pm_kernels_avx2_f64;
 extern const pm_kernels pm_kernels_avx512_f32, pm_kernels_avx512_f64;
 #endif
 
-/* The kernels of the instruction set in use. `is_double` asks for double precision. */
-const pm_kernels *pm_kernels_in_use(int is_double);
+/* The kernels to run for so many rows: those of the instruction set in use, or of one with shorter vectors and the same
+ * bits where these hold the batch (a vector costs the same however few of its rows are there). `is_double` asks for
+ * double precision. */
+const pm_kernels *pm_kernels_for(int is_double, int64_t rows);
+
+/* Scratch for any of them. */
+size_t pm_largest_scratch(int64_t experts, int64_t k_max);
 
 /* Single-precision problems up to these bounds are computed in single precision; beyond them rounding and the range of
  * exp(k) would break the promised accuracy, and double precision is used. */

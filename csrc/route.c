@@ -16,7 +16,7 @@
                         .is_double = type_is_double,                                                        \
                         .sample = forward == PM_FORWARD_SAMPLE,                                             \
                         .normalize = normalize};                                                            \
-    return pm_kernels_in_use(pm_double_needed(shape, type_is_double))->route(&job);                         \
+    return pm_kernels_for(pm_double_needed(shape, type_is_double), shape->rows)->route(&job);               \
   }                                                                                                         \
   pm_status pm_route_backward_##suffix(const pm_shape *shape, const type *logits, const int64_t *indices,   \
                                        const type *grad_weights, pm_backward backward, int normalize,       \
@@ -33,7 +33,7 @@
                         .is_double = type_is_double,                                                        \
                         .normalize = normalize,                                                             \
                         .marginal = backward == PM_BACKWARD_MARGINAL};                                      \
-    return pm_kernels_in_use(pm_double_needed(shape, type_is_double))->route_backward(&job);                \
+    return pm_kernels_for(pm_double_needed(shape, type_is_double), shape->rows)->route_backward(&job);      \
   }
 
 PM_ROUTE(f32, float, 0)

@@ -18,9 +18,7 @@ const char *pm_status_text(pm_status status) {
 
 size_t pm_scratch_size(int64_t experts, int64_t k_max) {
   if (experts < 1 || experts > PM_MAX_EXPERTS || k_max < 0 || k_max > experts) return 0;
-  const size_t single = pm_kernels_in_use(0)->scratch_size(experts, k_max);
-  const size_t twice = pm_kernels_in_use(1)->scratch_size(experts, k_max);
-  return single > twice ? single : twice;
+  return pm_largest_scratch(experts, k_max);
 }
 
 pm_status pm_check(const pm_shape *shape, const void *logits, const void *out, const void *scratch) {
@@ -59,7 +57,7 @@ PM_INFEASIBLE_ROW(f64, double)
   if (status != PM_OK) return status;                                                                   \
   const pm_job job = {                                                                                  \
       .shape = *shape, .logits = logits, .scratch = scratch, .is_double = type_is_double, __VA_ARGS__}; \
-  return pm_kernels_in_use((precise) || pm_double_needed(shape, type_is_double))->kernel(&job)
+  return pm_kernels_for((precise) || pm_double_needed(shape, type_is_double), shape->rows)->kernel(&job)
 
 #define PM_UNARY(name, precise)                                                                               \
   pm_status pm_subset_##name##_f32(const pm_shape *shape, const float *logits, float *out, void *scratch) {   \
