@@ -66,7 +66,7 @@ class Rows {
 
   // The same rows with `width` columns (none: a scalar a row), uninitialised, in the type of computation.
   Tensor like(std::optional<int64_t> width) const { return make(width, tensor_.scalar_type()); }
-  Tensor indices(int64_t width) const { return make(width, ScalarType::Long); }
+  Tensor indices(int64_t width, int64_t repeats = 1) const { return make(width, ScalarType::Long, repeats); }
   // ... and back in the caller's type.
   Tensor finish(const Tensor &result) const {
     return is_half(original_type_) ? torch::stable::to(result, original_type_) : result;
@@ -82,9 +82,10 @@ class Rows {
  private:
   // Straight from the CPU's allocator: new_empty's two trips through the dispatcher cost as much as a row's kernel.
   // (torch's fill of uninitialised memory is left out with them; every element is written.)
-  Tensor make(std::optional<int64_t> width, ScalarType type) const {
+  Tensor make(std::optional<int64_t> width, ScalarType type, int64_t repeats = 1) const {
     std::vector<int64_t> sizes(sizes_.begin(), sizes_.end() - 1);
     if (width) sizes.push_back(*width);
+    if (repeats > 1) sizes[0] *= repeats;
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
     AtenTensorHandle out = nullptr;

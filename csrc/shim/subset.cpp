@@ -101,16 +101,17 @@ Tensor log_prob(Tensor tensor, Tensor indices, int64_t k_min, int64_t k_max) {
   return logits.finish(out);
 }
 
+// `samples` choices for each row, along the first dimension; draws of a row lie `logits.rows` rows apart.
 template <class Call>
-Tensor choose(const char *op, const Tensor &tensor, int64_t k_min, int64_t k_max, const Call &call) {
+Tensor choose(const char *op, const Tensor &tensor, int64_t k_min, int64_t k_max, int64_t samples, const Call &call) {
   const Rows logits(op, "logits", tensor);
-  Tensor out = logits.indices(std::max<int64_t>(k_max, 0));
+  Tensor out = logits.indices(std::max<int64_t>(k_max, 0), samples);
   int64_t *to = static_cast<int64_t *>(out.mutable_data_ptr());
   if (k_max == 0) return out;
   dispatch(logits, [&](auto type) {
     using T = decltype(type);
     for_rows<T>(op, logits, k_min, k_max, [&](const pm_shape &part, int64_t row, void *scratch) {
-      return call(part, logits.data<T>() + row * logits.stride, to + row * k_max, scratch);
+      return call(part, logits.data<T>() + row * logits.stride, logits.rows, to + row * k_max, scratch);
     });
   });
   return out;
@@ -118,28 +119,35 @@ Tensor choose(const char *op, const Tensor &tensor, int64_t k_min, int64_t k_max
 
 struct Sample {
   uint64_t seed;
-  pm_status operator()(const pm_shape &s, const float *x, int64_t *to, void *scratch) const {
-    return pm_subset_sample_f32(&s, x, seed, 1, 0, to, scratch);
+  int64_t samples;
+  pm_status operator()(const pm_shape &s, const float *x, int64_t stride, int64_t *to, void *scratch) const {
+    return pm_subset_sample_f32(&s, x, seed, samples, stride, to, scratch);
   }
-  pm_status operator()(const pm_shape &s, const double *x, int64_t *to, void *scratch) const {
-    return pm_subset_sample_f64(&s, x, seed, 1, 0, to, scratch);
+  pm_status operator()(const pm_shape &s, const double *x, int64_t stride, int64_t *to, void *scratch) const {
+    return pm_subset_sample_f64(&s, x, seed, samples, stride, to, scratch);
   }
 };
 
 struct Mode {
-  pm_status operator()(const pm_shape &s, const float *x, int64_t *to, void *scratch) const {
+  pm_status operator()(const pm_shape &s, const float *x, int64_t, int64_t *to, void *scratch) const {
     return pm_subset_mode_f32(&s, x, to, scratch);
   }
-  pm_status operator()(const pm_shape &s, const double *x, int64_t *to, void *scratch) const {
+  pm_status operator()(const pm_shape &s, const double *x, int64_t, int64_t *to, void *scratch) const {
     return pm_subset_mode_f64(&s, x, to, scratch);
   }
 };
 
+// A batch that was expanded along its first dimension, as num_samples does, has one table for all draws of a row.
 Tensor sample(Tensor logits, Tensor seed, int64_t k_min, int64_t k_max) {
-  return choose("subset_sample", logits, k_min, k_max, Sample{read_seed("subset_sample", seed)});
+  const bool repeated = logits.dim() >= 2 && logits.size(0) > 1 && logits.stride(0) == 0;
+  const int64_t samples = repeated ? logits.size(0) : 1;
+  return choose("subset_sample", repeated ? torch::stable::narrow(logits, 0, 0, 1) : logits, k_min, k_max, samples,
+                Sample{read_seed("subset_sample", seed), samples});
 }
 
-Tensor mode(Tensor logits, int64_t k_min, int64_t k_max) { return choose("subset_mode", logits, k_min, k_max, Mode{}); }
+Tensor mode(Tensor logits, int64_t k_min, int64_t k_max) {
+  return choose("subset_mode", logits, k_min, k_max, 1, Mode{});
+}
 
 }  // namespace
 }  // namespace probmoe

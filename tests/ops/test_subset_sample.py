@@ -131,14 +131,17 @@ def test_depends_on_row_number_only(band: Band, with_threads: Callable[[int, Cal
     assert torch.equal(ops.subset_sample(logits.reshape(3, 333, 32), band, seed=43).reshape(999, -1), one)
 
 
-def test_samples_are_numbered_sample_by_sample() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["spread 1", "spread 100"])
+@pytest.mark.parametrize(("experts", "band"), [(12, (1, 4)), (64, (8, 8)), (300, (30, 40))])
+def test_samples_are_numbered_sample_by_sample(experts: int, band: Band, name: str, dtype: torch.dtype) -> None:
     """Draw s of row t is that of row s T + t: a batch that repeats the rows gives the same, whatever computes it."""
-    logits = logit_sets(37, 12, (1, 4), torch.float32)["spread 1"]
-    drawn = ops.subset_sample(logits, (1, 4), seed=59, num_samples=5)
-    assert torch.equal(drawn.flatten(end_dim=1), ops.subset_sample(logits.repeat(5, 1), (1, 4), seed=59))
-    deep = ops.subset_sample(logits[:36].reshape(2, 18, 12), (1, 4), seed=59, num_samples=5)
-    assert torch.equal(deep.flatten(1, 2), ops.subset_sample(logits[:36], (1, 4), seed=59, num_samples=5))
-    assert torch.equal(deep[0], ops.subset_sample(logits[:36].reshape(2, 18, 12), (1, 4), seed=59))
+    logits = logit_sets(37, experts, band, dtype)[name]
+    drawn = ops.subset_sample(logits, band, seed=59, num_samples=5)
+    assert torch.equal(drawn.flatten(end_dim=1), ops.subset_sample(logits.repeat(5, 1), band, seed=59))
+    deep = ops.subset_sample(logits[:36].reshape(2, 18, experts), band, seed=59, num_samples=5)
+    assert torch.equal(deep.flatten(1, 2), ops.subset_sample(logits[:36], band, seed=59, num_samples=5))
+    assert torch.equal(deep[0], ops.subset_sample(logits[:36].reshape(2, 18, experts), band, seed=59))
 
 
 def test_form() -> None:
