@@ -16,22 +16,27 @@ class MoELayer:
     """A block with a router and its experts.
 
     Attributes:
-        index: The number of the decoder layer (the last number in ``path``).
+        index: The number of the decoder layer (the last number in the path of the block).
         path: Where the gate is in the model, ``"model.layers.3.mlp.gate"``.
-        gate: The router module, with a ``weight`` ``[E, H]``.
-        experts: The module that evaluates the experts.
+        gate: The router module, with a weight ``[E, H]``; inside of what an adapter may have wrapped around it.
+        experts: The module that evaluates the experts, likewise.
+        holder: The block's own child, which is ``gate`` or the outermost wrapper around it.
+        others: Further gates in that wrapper, which are not in use now (PEFT's ``modules_to_save`` keeps the original).
     """
 
     index: int
     path: str
     gate: nn.Module
     experts: nn.Module
+    holder: nn.Module
+    others: tuple[nn.Module, ...] = ()
 
 
 def moe_layers(model: nn.Module, layers: Iterable[int] | None = None) -> list[MoELayer]:
     """The mixture-of-experts layers of a model, in order.
 
-    A layer is any module with a child ``experts`` beside a child ``gate`` or ``router`` whose ``weight`` is 2-D.
+    A layer is any module with a child ``experts`` beside a child ``gate`` or ``router`` that holds one 2-D weight.
+    Adapters of PEFT around either are looked through.
 
     Args:
         model: Any module.
@@ -74,9 +79,44 @@ def find_layers(model: nn.Module) -> Iterator[MoELayer]:
         if "experts" not in children:
             continue
         for name in GATE_NAMES:
-            gate = children.get(name)
-            if gate is not None and getattr(getattr(gate, "weight", None), "ndim", 0) == 2:
+            if name not in children:
+                continue
+            inside, gate, others = _unwrap(children[name])
+            if gate_weight(gate) is not None:
                 numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
                 index = int(numbers[-1]) if numbers else 0
-                yield MoELayer(index, f"{path}.{name}" if path else name, gate, children["experts"])
+                where = ".".join(part for part in (path, name, *inside) if part)
+                _, experts, _ = _unwrap(children["experts"])
+                yield MoELayer(index, where, gate, experts, children[name], others)
                 break
+
+
+def gate_weight(gate: nn.Module) -> str | None:
+    """The name of the ``[E, H]`` weight in a gate: ``weight``, or the only 2-D weight of its children.
+
+    ``None`` if there is no such tensor, or more than one that could be meant.
+    """
+    if getattr(getattr(gate, "weight", None), "ndim", 0) == 2:
+        return "weight"
+    found = [name for name, one in gate.named_parameters() if one.ndim == 2 and not name.startswith("probmoe.")]
+    return found[0] if len(found) == 1 and found[0].endswith(".weight") else None
+
+
+def _unwrap(module: nn.Module) -> tuple[list[str], nn.Module, tuple[nn.Module, ...]]:
+    """Look through PEFT's wrappers: the names on the way, the module in use, and others in its place."""
+    inside: list[str] = []
+    others: list[nn.Module] = []
+    while True:
+        children = module._modules
+        base, original, copies = (children.get(one) for one in ("base_layer", "original_module", "modules_to_save"))
+        if base is not None:
+            inside.append("base_layer")
+            module = base
+        elif original is not None and isinstance(copies, nn.ModuleDict):
+            active = [name for name in getattr(module, "active_adapters", ()) if name in copies]
+            inside += ["modules_to_save", active[0]] if active else ["original_module"]
+            held = [original, *copies.values()]
+            module = copies[active[0]] if active else original
+            others += [one for one in held if one is not module]
+        else:
+            return inside, module, tuple(others)

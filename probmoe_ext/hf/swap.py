@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from probmoe_ext.hf.choice import PLAIN
 from probmoe_ext.hf.experts import check_experts, restore_experts, skip_unused_slots, unused_slots_cost
 from probmoe_ext.hf.form import read_form
-from probmoe_ext.hf.gate import RouterForm, SwappedGate
+from probmoe_ext.hf.gate import RouterForm, SwappedGate, tensor_of
 from probmoe_ext.hf.layers import MoELayer, find_layers, moe_layers
 from probmoe_ext.hf.reclass import check_reclassable, reclass, restore_class
 from probmoe_ext.routers import ExpertsPerToken, Router, make_router, router_options, watch_loss
@@ -45,11 +47,11 @@ def swap_router(
 
     Raises:
         TypeError: If ``model`` is no module, or ``k`` or ``layers`` are no integers.
-        ValueError: If the model has no mixture-of-experts layer, or one with a router that is not softmax and top-k;
+        ValueError: If the model has no mixture-of-experts layer, or one with a router that this package does not know;
             if the router or an option is unknown; if ``k`` or ``layers`` are out of range.
     """
-    planned = [(layer, *_plan(layer, name, k, options)) for layer in moe_layers(model, layers)]
-    costly = [layer for layer, form, router in planned if not _install(layer, form, router)]
+    planned = [(layer, _plan(layer, name, k, options)) for layer in moe_layers(model, layers)]
+    costly = [layer for layer, gates in planned if not _install(layer, gates)]
     if costly:
         warnings.warn(unused_slots_cost(costly[0].experts), stacklevel=2)
     _watch(model)
@@ -103,25 +105,42 @@ def routing_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _plan(layer: MoELayer, name: str, k: ExpertsPerToken | None, options: dict[str, Any]) -> tuple[RouterForm, Router]:
-    gate = layer.gate
-    check_reclassable(gate, layer.path)
-    form = gate.probmoe_form if isinstance(gate, SwappedGate) else read_form(layer)
-    fitting = {"normalize": form.normalize, "hidden_size": form.hidden_size}
-    defaults = {option: value for option, value in fitting.items() if option in router_options(name)}
-    router = make_router(name, num_experts=form.num_experts, k=form.k if k is None else k, **(defaults | options))
-    if router.leaves_slots_unused:
-        check_experts(layer.experts, layer.path)
-    weight: Any = gate.weight
-    return form, router.to(device=weight.device, dtype=weight.dtype).train(gate.training)
+Planned = list[tuple[nn.Module, RouterForm, Router]]
+"""Each gate of a layer (more than one under an adapter) with its form and its new router."""
 
 
-def _install(layer: MoELayer, form: RouterForm, router: Router) -> bool:
+def _plan(layer: MoELayer, name: str, k: ExpertsPerToken | None, options: dict[str, Any]) -> Planned:
+    planned: Planned = []
+    for gate in (layer.gate, *layer.others):
+        check_reclassable(gate, layer.path)
+        form = gate.probmoe_form if isinstance(gate, SwappedGate) else read_form(replace(layer, gate=gate))
+        fitting = {"normalize": form.normalize, "hidden_size": form.hidden_size}
+        defaults = {option: value for option, value in fitting.items() if option in router_options(name)}
+        router = make_router(name, num_experts=form.num_experts, k=form.k if k is None else k, **(defaults | options))
+        if form.rule != PLAIN and not router.takes_scores:
+            raise ValueError(
+                f"router {name!r} cannot take the place of the one at {layer.path} ({type(gate).__name__}): it weights "
+                f"by softmax, and the model by its own scores ({form.rule})"
+            )
+        if router.k_max > form.largest_k:
+            raise ValueError(
+                f"k must be at most {form.largest_k}, the number of experts in the groups that a token of {layer.path} "
+                f"chooses from; got {k!r}"
+            )
+        if router.leaves_slots_unused:
+            check_experts(layer.experts, layer.path)
+        weight: Any = tensor_of(gate, form.weight)
+        planned.append((gate, form, router.to(device=weight.device, dtype=weight.dtype).train(gate.training)))
+    return planned
+
+
+def _install(layer: MoELayer, planned: Planned) -> bool:
     """Swap one layer; say whether slots that are not used cost nothing in it."""
-    reclass(layer.gate, SwappedGate)
-    gate: Any = layer.gate
-    gate.probmoe_form = form
-    gate.probmoe = router
+    for module, form, router in planned:
+        reclass(module, SwappedGate)
+        gate: Any = module
+        gate.probmoe_form = form
+        gate.probmoe = router
     if router.leaves_slots_unused:
         return skip_unused_slots(layer.experts, form)
     restore_experts(layer.experts)

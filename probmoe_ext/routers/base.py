@@ -43,6 +43,9 @@ class Router(AuxiliaryLosses):
     name: ClassVar[str] = ""
     """The registered name."""
 
+    takes_scores: ClassVar[bool] = False
+    """Whether :meth:`forward` takes scores as a third argument, see there."""
+
     def __init__(self, num_experts: int, k: ExpertsPerToken, **options: Any) -> None:
         super().__init__()
         self.num_experts = _integer("num_experts", num_experts)
@@ -78,9 +81,13 @@ class Router(AuxiliaryLosses):
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route.
 
+        A router that says ``takes_scores = True`` has a third argument, ``scores: torch.Tensor | None = None``: what
+        the weights are made of, ``[T, E]`` float32, in place of the softmax of the logits. That is what models with
+        sigmoid scores, a correction bias or groups of experts need.
+
         Args:
             hidden_states: ``[T, H]``, what the gate saw.
-            logits: ``[T, E]`` in any floating dtype, the gate's output.
+            logits: ``[T, E]`` in any floating dtype, the gate's output; -inf for an expert that must not be chosen.
 
         Returns:
             Weights ``[T, K]`` in the dtype of the logits, and indices ``[T, K]`` in int64, ``K = self.width``.

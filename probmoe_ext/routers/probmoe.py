@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
-from probmoe_ext.ops import route_probmoe
+from probmoe_ext.ops import route_probmoe, subset_marginals, subset_mode, subset_sample
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.topk import chosen, weights_at
 
 FORWARD = ("sample", "topk")
 BACKWARD = ("marginal", "ste")
@@ -33,6 +34,8 @@ class ProbMoERouter(Router):
         ValueError: If an option or ``k`` is not allowed.
     """
 
+    takes_scores = True
+
     def __init__(
         self,
         num_experts: int,
@@ -54,8 +57,15 @@ class ProbMoERouter(Router):
         """``(k, normalize)`` for one ``k``; ``None`` for a band, whose sizes vary in evaluation too."""
         return None if self.leaves_slots_unused else (self.k_max, self.normalize)
 
-    def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route ``[T, E]`` logits to weights and indices ``[T, k_max]``; the hidden states are not used."""
+    def forward(
+        self, hidden_states: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route ``[T, E]`` logits to weights and indices ``[T, k_max]``; the hidden states are not used.
+
+        With ``scores`` these stand in the place of ``s`` in every formula.
+        """
+        if scores is not None:
+            return self._route_scores(logits, scores)
         weights, indices = route_probmoe(
             logits,
             self.k,
@@ -65,3 +75,12 @@ class ProbMoERouter(Router):
             backward=self.backward_rule,
         )
         return weights, indices
+
+    def _route_scores(self, logits: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sampled = self.training and self.forward_rule == "sample"
+        indices = (subset_sample if sampled else subset_mode)(logits.detach(), self.k)
+        z = chosen(indices, self.num_experts, scores.dtype)
+        if self.training and self.backward_rule == "marginal":
+            marginals = subset_marginals(logits, self.k)
+            z = (z - marginals).detach() + marginals
+        return weights_at(indices, z * scores, self.normalize), indices

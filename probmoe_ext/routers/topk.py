@@ -23,6 +23,8 @@ class TopKRouter(Router):
         ValueError: If ``k`` is a band, or out of range.
     """
 
+    takes_scores = True
+
     def __init__(self, num_experts: int, k: ExpertsPerToken, *, normalize: bool = False) -> None:
         super().__init__(num_experts, k, normalize=normalize)
         if self.k_min != self.k_max:
@@ -33,7 +35,27 @@ class TopKRouter(Router):
         """``(k, normalize)``: it is the usual router in every mode."""
         return self.k_max, self.normalize
 
-    def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route ``[T, E]`` logits to weights and indices ``[T, k]``; the hidden states are not used."""
         weights, indices = route_top_k(logits, self.k_max, normalize=self.normalize)
+        if scores is not None:
+            weights = weights_at(indices, scores * chosen(indices, self.num_experts, scores.dtype), self.normalize)
         return weights, indices
+
+
+def chosen(indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """``z``, the 0/1 vector ``[T, E]`` of the experts at ``indices`` ``[T, K]``; index ``E`` is none."""
+    zeros = torch.zeros(*indices.shape[:-1], num_experts + 1, dtype=dtype, device=indices.device)
+    return zeros.scatter(-1, indices, 1)[..., :-1]
+
+
+def weights_at(indices: torch.Tensor, dense: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """Dense weights ``[T, E]`` at ``indices`` ``[T, K]``, divided by the sum over all experts if ``normalize``."""
+    weights = torch.nn.functional.pad(dense, (0, 1)).gather(-1, indices)
+    if not normalize:
+        return weights
+    # Only a token without experts, or with scores that all underflowed, has the sum 0.
+    total = dense.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, 1, total)
