@@ -8,6 +8,8 @@ transformers nor a GPU, and initialises no CUDA.
 
 from __future__ import annotations
 
+from typing import Any as _Any
+
 import torch as _torch  # noqa: F401  (the extension module needs torch's libraries loaded)
 
 from . import _C, distributions, ops, reference, routers
@@ -15,7 +17,7 @@ from .ops import fallback as _fallback
 
 __version__ = "0.1.0"
 
-__all__ = ["build_info", "distributions", "ops", "reference", "routers"]
+__all__ = ["build_info", "distributions", "from_pretrained", "ops", "reference", "routers"]
 
 
 _fallback.register_fallbacks()
@@ -29,3 +31,10 @@ def build_info() -> dict[str, object]:
         None for a CPU-only build), ``cuda_architectures`` and ``instruction_set``.
     """
     return {**_C.build_info(), "instruction_set": _C.instruction_set()}
+
+
+def from_pretrained(pretrained_model_name_or_path: _Any, *model_args: _Any, **kwargs: _Any) -> _Any:
+    """Load a Hugging Face model with the routing that it was saved with; see :func:`probmoe_ext.hf.from_pretrained`."""
+    from .hf import from_pretrained as load
+
+    return load(pretrained_model_name_or_path, *model_args, **kwargs)

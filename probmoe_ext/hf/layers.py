@@ -20,6 +20,7 @@ class MoELayer:
         path: Where the gate is in the model, ``"model.layers.3.mlp.gate"``.
         gate: The router module, with a weight ``[E, H]``; inside of what an adapter may have wrapped around it.
         experts: The module that evaluates the experts, likewise.
+        place: The path of ``holder``; that of ``gate`` but for wrappers.
         holder: The block's own child, which is ``gate`` or the outermost wrapper around it.
         others: Further gates in that wrapper, which are not in use now (PEFT's ``modules_to_save`` keeps the original).
     """
@@ -28,6 +29,7 @@ class MoELayer:
     path: str
     gate: nn.Module
     experts: nn.Module
+    place: str
     holder: nn.Module
     others: tuple[nn.Module, ...] = ()
 
@@ -85,9 +87,9 @@ def find_layers(model: nn.Module) -> Iterator[MoELayer]:
             if gate_weight(gate) is not None:
                 numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
                 index = int(numbers[-1]) if numbers else 0
-                where = ".".join(part for part in (path, name, *inside) if part)
+                place = f"{path}.{name}" if path else name
                 _, experts, _ = _unwrap(children["experts"])
-                yield MoELayer(index, where, gate, experts, children[name], others)
+                yield MoELayer(index, ".".join((place, *inside)), gate, experts, place, children[name], others)
                 break
 
 

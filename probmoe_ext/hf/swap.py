@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from probmoe_ext.hf.choice import PLAIN
+from probmoe_ext.hf.entry import check_options, clear_entry, describe, write_entry
 from probmoe_ext.hf.experts import check_experts, restore_experts, skip_unused_slots, unused_slots_cost
 from probmoe_ext.hf.form import read_form
 from probmoe_ext.hf.gate import RouterForm, SwappedGate, tensor_of
@@ -35,6 +36,10 @@ def swap_router(
     model's own runs. Layers that have been swapped before get the new router; those not named in ``layers`` keep
     theirs. All is checked before anything is changed.
 
+    The routing is written to ``model.config.probmoe``, so that every way of saving the model saves it. If all layers
+    then evaluate as plain top-k with one k, the configuration's own k is that one, and the checkpoint an ordinary one;
+    if not, each such layer has a buffer of two numbers that a plain loader reports (see ``probmoe_ext.hf.entry``).
+
     Args:
         model: A transformers (5 or later) model, before or after its first forward pass, or a module around it.
         name: A registered router, see :func:`probmoe_ext.routers.available_routers`.
@@ -46,16 +51,25 @@ def swap_router(
         ``model``.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``k`` or ``layers`` are no integers.
+        TypeError: If ``model`` is no module, ``k`` or ``layers`` are no integers, or an option is nothing for JSON.
         ValueError: If the model has no mixture-of-experts layer, or one with a router that this package does not know;
             if the router or an option is unknown; if ``k`` or ``layers`` are out of range.
     """
-    planned = [(layer, _plan(layer, name, k, options)) for layer in moe_layers(model, layers)]
-    costly = [layer for layer, gates in planned if not _install(layer, gates)]
+    costly = swap_layers(model, moe_layers(model, layers), name, k, options)
     if costly:
         warnings.warn(unused_slots_cost(costly[0].experts), stacklevel=2)
-    _watch(model)
     return model
+
+
+def swap_layers(
+    model: nn.Module, layers: list[MoELayer], name: str, k: ExpertsPerToken | None, options: dict[str, Any]
+) -> list[MoELayer]:
+    """Do what :func:`swap_router` does for given layers; return those that compute slots which are not used."""
+    planned = [(layer, _plan(layer, name, k, options)) for layer in layers]
+    costly = [layer for layer, gates in planned if not _install(layer, gates)]
+    write_entry(model)
+    _watch(model)
+    return costly
 
 
 def restore_router(model: Model) -> Model:
@@ -73,6 +87,7 @@ def restore_router(model: Model) -> Model:
     swapped = [(path, module) for path, module in model.named_modules() if isinstance(module, SwappedGate)]
     for path, gate in swapped:
         check_reclassable(gate, path)
+    clear_entry(model)
     for _, gate in swapped:
         restore_class(gate)
         del gate.probmoe
@@ -94,12 +109,7 @@ def routing_of(model: nn.Module) -> dict[str, dict[str, Any]]:
         ``[k_min, k_max]``) and ``options``. Empty if nothing was swapped.
     """
     return {
-        layer.path: {
-            "layer": layer.index,
-            "router": layer.gate.probmoe.name,
-            "k": list(layer.gate.probmoe.k) if isinstance(layer.gate.probmoe.k, tuple) else layer.gate.probmoe.k,
-            "options": dict(layer.gate.probmoe.options),
-        }
+        layer.path: {"layer": layer.index, **describe(layer.gate.probmoe)}
         for layer in find_layers(model)
         if isinstance(layer.gate, SwappedGate)
     }
@@ -127,6 +137,7 @@ def _plan(layer: MoELayer, name: str, k: ExpertsPerToken | None, options: dict[s
                 f"k must be at most {form.largest_k}, the number of experts in the groups that a token of {layer.path} "
                 f"chooses from; got {k!r}"
             )
+        check_options(router)
         if router.leaves_slots_unused:
             check_experts(layer.experts, layer.path)
         weight: Any = tensor_of(gate, form.weight)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from probmoe_ext.hf import from_pretrained, restore_router, routing_of, swap_router
+from probmoe_ext.hf.entry import entry_of
 from probmoe_ext.train.errors import UsageError
 from probmoe_ext.train.options import ExpertsPerToken, parse_k
 
@@ -116,8 +118,6 @@ def apply_routing(model: Any, routing: Routing) -> None:
     own = (None, experts[1]) if experts else (None,)
     if routing.router == "topk" and routing.k in own and not routing.options:
         return
-    from probmoe_ext.hf import swap_router
-
     try:
         swap_router(model, routing.router, k=routing.k, **routing.options)
     except (ValueError, TypeError) as error:
@@ -154,12 +154,29 @@ def load_model(name: str, routing: Routing, dtype: str, experts: str | None = No
         UsageError: see `load_config_of` and `apply_routing`.
     """
     check_router(routing.router)
-    check_k(load_config_of(name), routing.k)
+    config = load_config_of(name)
+    check_k(config, routing.k)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    # A routing that was saved with the weights brings the state of its routers.
+    load = AutoModelForCausalLM.from_pretrained if entry_of(config) is None else from_pretrained
+    model = load(name, dtype=getattr(torch, dtype))
     set_experts(model, experts)
-    apply_routing(model, routing)
+    if not _routes_by(model, routing):
+        restore_router(model)
+        apply_routing(model, routing)
     return model, tokenizer
+
+
+def _routes_by(model: Any, routing: Routing) -> bool:
+    """Whether every layer of a model routes so already."""
+    k = list(routing.k) if isinstance(routing.k, tuple) else routing.k
+    found = routing_of(model)
+    return bool(found) and all(
+        one["router"] == routing.router
+        and k in (None, one["k"])
+        and all(one["options"].get(name) == value for name, value in routing.options.items())
+        for one in found.values()
+    )
 
 
 def set_experts(model: Any, implementation: str | None) -> None:
