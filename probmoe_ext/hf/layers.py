@@ -22,7 +22,8 @@ class MoELayer:
         experts: The module that evaluates the experts, likewise.
         place: The path of ``holder``; that of ``gate`` but for wrappers.
         holder: The block's own child, which is ``gate`` or the outermost wrapper around it.
-        others: Further gates in that wrapper, which are not in use now (PEFT's ``modules_to_save`` keeps the original).
+        experts_holder: The same for ``experts``.
+        others: Further gates in the wrapper of the gate, not in use now (``modules_to_save`` keeps the original).
     """
 
     index: int
@@ -31,6 +32,7 @@ class MoELayer:
     experts: nn.Module
     place: str
     holder: nn.Module
+    experts_holder: nn.Module
     others: tuple[nn.Module, ...] = ()
 
 
@@ -88,8 +90,9 @@ def find_layers(model: nn.Module) -> Iterator[MoELayer]:
                 numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
                 index = int(numbers[-1]) if numbers else 0
                 place = f"{path}.{name}" if path else name
-                _, experts, _ = _unwrap(children["experts"])
-                yield MoELayer(index, ".".join((place, *inside)), gate, experts, place, children[name], others)
+                around = children["experts"]
+                _, experts, _ = _unwrap(around)
+                yield MoELayer(index, ".".join((place, *inside)), gate, experts, place, children[name], around, others)
                 break
 
 
