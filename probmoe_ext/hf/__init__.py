@@ -7,6 +7,7 @@ from probmoe_ext.hf.checkpoint import from_pretrained, push_to_hub, save_pretrai
 from probmoe_ext.hf.layers import moe_layers
 from probmoe_ext.hf.parameters import freeze_router, parameter_table, router_parameters
 from probmoe_ext.hf.swap import restore_router, routing_of, swap_router
+from probmoe_ext.hf.trainers import watch_trainer
 
 __all__ = [
     "freeze_router",
@@ -20,4 +21,5 @@ __all__ = [
     "routing_of",
     "save_pretrained",
     "swap_router",
+    "watch_trainer",
 ]

@@ -17,6 +17,7 @@ from probmoe_ext.hf.form import read_form
 from probmoe_ext.hf.gate import RouterForm, SwappedGate, tensor_of
 from probmoe_ext.hf.layers import MoELayer, find_layers, moe_layers
 from probmoe_ext.hf.reclass import check_reclassable, reclass, restore_class
+from probmoe_ext.hf.trainers import label_share
 from probmoe_ext.routers import ExpertsPerToken, Router, make_router, router_options, watch_loss
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -163,12 +164,13 @@ def _watch(model: nn.Module) -> None:
     for key, hook in list(model._forward_hooks.items()):
         if hook is _note_loss:
             del model._forward_hooks[key]
+            del model._forward_hooks_with_kwargs[key]
     if any(isinstance(module, Router) and module.has_loss for module in model.modules()):
-        model.register_forward_hook(_note_loss)
+        model.register_forward_hook(_note_loss, with_kwargs=True)
 
 
-def _note_loss(model: nn.Module, args: Any, output: Any) -> None:
+def _note_loss(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     loss = output[0] if isinstance(output, tuple) and output else getattr(output, "loss", None)
     # Hooks on tensors inside a compiled graph are not supported; watch_loss can be called outside of it.
     if isinstance(loss, torch.Tensor) and loss.dim() == 0 and not torch.compiler.is_compiling():
-        watch_loss(model, loss)
+        watch_loss(model, loss, label_share(kwargs))

@@ -100,12 +100,14 @@ def aux_losses(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def watch_loss(model: nn.Module, loss: torch.Tensor) -> None:
+def watch_loss(model: nn.Module, loss: torch.Tensor, share: torch.Tensor | float | None = None) -> None:
     """Let the auxiliary losses of a model be scaled as its loss is.
 
     Args:
         model: The model whose routers are to know the scale.
         loss: The scalar that the training step differentiates, before any loss scaler or division touched it.
+        share: If ``loss`` is not the mean over the batch, but divided by the tokens of more batches (of all that an
+            optimizer step accumulates), the share that this batch has in them; ``None`` is 1.
     """
     if not loss.requires_grad:
         return
@@ -114,7 +116,7 @@ def watch_loss(model: nn.Module, loss: torch.Tensor) -> None:
         for router in model.modules():
             if isinstance(router, AuxiliaryLosses) and router.has_loss:
                 # Through .data: the router saved this very tensor for its backward pass, which must see the new value.
-                router.loss_scale.data.copy_(gradient.detach())
+                router.loss_scale.data.copy_(gradient.detach() if share is None else gradient.detach() * share)
 
     register: Callable[..., Any] = loss.register_hook
     register(note_scale)
