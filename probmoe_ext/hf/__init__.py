@@ -6,10 +6,12 @@ from probmoe_ext.hf.card import model_card
 from probmoe_ext.hf.checkpoint import from_pretrained, push_to_hub, save_pretrained
 from probmoe_ext.hf.layers import moe_layers
 from probmoe_ext.hf.parameters import freeze_router, parameter_table, router_parameters
+from probmoe_ext.hf.serving import custom_routing_function
 from probmoe_ext.hf.swap import restore_router, routing_of, swap_router
 from probmoe_ext.hf.trainers import watch_trainer
 
 __all__ = [
+    "custom_routing_function",
     "freeze_router",
     "from_pretrained",
     "model_card",
