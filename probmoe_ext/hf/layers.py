@@ -22,7 +22,7 @@ class MoELayer:
         experts: The module that evaluates the experts, likewise.
         place: The path of ``holder``; that of ``gate`` but for wrappers.
         holder: The block's own child, which is ``gate`` or the outermost wrapper around it.
-        experts_holder: The same for ``experts``.
+        block: The module that calls both.
         others: Further gates in the wrapper of the gate, not in use now (``modules_to_save`` keeps the original).
     """
 
@@ -32,7 +32,7 @@ class MoELayer:
     experts: nn.Module
     place: str
     holder: nn.Module
-    experts_holder: nn.Module
+    block: nn.Module
     others: tuple[nn.Module, ...] = ()
 
 
@@ -90,9 +90,8 @@ def find_layers(model: nn.Module) -> Iterator[MoELayer]:
                 numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
                 index = int(numbers[-1]) if numbers else 0
                 place = f"{path}.{name}" if path else name
-                around = children["experts"]
-                _, experts, _ = _unwrap(around)
-                yield MoELayer(index, ".".join((place, *inside)), gate, experts, place, children[name], around, others)
+                _, experts, _ = _unwrap(children["experts"])
+                yield MoELayer(index, ".".join((place, *inside)), gate, experts, place, children[name], block, others)
                 break
 
 

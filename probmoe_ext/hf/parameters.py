@@ -73,7 +73,7 @@ def parameter_table(model: nn.Module) -> str:
     """
     places = {id(p): "routers" for layer in find_layers(model) for p in layer.holder.parameters()}
     for layer in find_layers(model):
-        places |= {id(p): "experts" for p in layer.experts_holder.parameters()}
+        places |= {id(p): "experts" for p in layer.block.get_submodule("experts").parameters()}
     names = ["routers", "experts", *(group for group, _ in GROUPS), "other"]
     counts = {name: [0, 0, 0] for name in names}
     for path, parameter in model.named_parameters():

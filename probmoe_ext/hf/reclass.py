@@ -65,8 +65,13 @@ def check_reclassable(module: nn.Module, path: str) -> None:
             f"{path} was given the class {cls.__name__} after its router was swapped; undo that first "
             "(and swap the router after it)"
         )
-    if "forward" in module.__dict__ and not _held_forwards(module):
+    if holds_another_forward(module):
         raise ValueError(f"{path} has a forward that was set on the instance; it would hide the swapped one")
+
+
+def holds_another_forward(module: nn.Module) -> bool:
+    """Whether a forward was set on the instance that is not known to call that of its class."""
+    return "forward" in module.__dict__ and not _held_forwards(module)
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from probmoe_ext.hf.block import check_block, keep_forward, restore_block
 from probmoe_ext.hf.choice import PLAIN
 from probmoe_ext.hf.entry import check_options, clear_entry, describe, write_entry
 from probmoe_ext.hf.experts import check_experts, restore_experts, skip_unused_slots, unused_slots_cost
@@ -95,6 +96,7 @@ def restore_router(model: Model) -> Model:
         del gate.probmoe_form
     for module in list(model.modules()):
         restore_experts(module)
+        restore_block(module)
     _watch(model)
     return model
 
@@ -121,6 +123,7 @@ Planned = list[tuple[nn.Module, RouterForm, Router]]
 
 
 def _plan(layer: MoELayer, name: str, k: ExpertsPerToken | None, options: dict[str, Any]) -> Planned:
+    check_block(layer)
     planned: Planned = []
     for gate in (layer.gate, *layer.others):
         check_reclassable(gate, layer.path)
@@ -148,6 +151,7 @@ def _plan(layer: MoELayer, name: str, k: ExpertsPerToken | None, options: dict[s
 
 def _install(layer: MoELayer, planned: Planned) -> bool:
     """Swap one layer; say whether slots that are not used cost nothing in it."""
+    keep_forward(layer)
     for module, form, router in planned:
         reclass(module, SwappedGate)
         gate: Any = module
