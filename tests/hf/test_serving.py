@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from probmoe_ext.hf import custom_routing_function, moe_layers, swap_router
+from probmoe_ext.hf.gate import gate_logits
 from probmoe_ext.routers import base as registry
 from probmoe_ext.routers import register_router
 from tests.hf.models import E, H, K, tiny
@@ -31,7 +32,8 @@ def test_the_function_routes_as_the_model_does(family: str, k: Any, extra: int) 
     layer = moe_layers(model)[0]
     gate: Any = layer.gate
     hidden = torch.randn(64, H)
-    logits, weights, indices = gate(hidden)
+    _, weights, indices = gate(hidden)
+    logits = gate_logits(gate, gate.probmoe_form, hidden)
     function = custom_routing_function(model, layer.index)
     topk = gate.probmoe.k_max + extra
     got, ids = function(

@@ -125,9 +125,9 @@ def one_step(
     batches = []
     step = trainer.training_step
 
-    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        batches.append({name: value.clone() for name, value in inputs.items()})
-        return step(model, inputs, *args, **kwargs)
+    def training_step(model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
+        batches.append({name: value.clone() for name, value in inputs.items()} | {"items": num_items_in_batch})
+        return step(model, inputs, num_items_in_batch)
 
     trainer.training_step = training_step
     trainer.train()
@@ -147,7 +147,12 @@ def expected_share_of(batches: list[dict[str, torch.Tensor]], coefficient: float
         hook.remove()
         probs = torch.softmax(seen[0].detach().reshape(-1, H) @ weight.T, -1)
         loss = coefficient * E * probs.mean(0).square().sum()
-        share = count / sum(counts) if by_tokens else 1 / len(batches)
+        # Early versions count the first token of a row too, which no loss predicts.
+        assert int(batch.get("items", sum(counts))) in (
+            sum(counts),
+            sum(one["labels"].ne(-100).sum() for one in batches),
+        )
+        share = count / batch["items"] if by_tokens else 1 / len(batches)
         result += share * torch.autograd.grad(loss, weight)[0]
     return result
 
