@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from probmoe_ext.hf.gate import RouterForm
-from probmoe_ext.hf.layers import MoELayer
+from probmoe_ext.hf.layers import MoELayer, shape_of
 from probmoe_ext.hf.reclass import original_class
 
 PROBE_TOKENS = 32
@@ -23,8 +23,7 @@ def read_form(layer: MoELayer) -> RouterForm:
     Raises:
         ValueError: If it is not softmax, top-k, and perhaps renormalisation; the message says what it is.
     """
-    weight: torch.Tensor = layer.gate.weight  # type: ignore[assignment]
-    num_experts, hidden_size = weight.shape
+    num_experts, hidden_size = shape_of(layer.gate.weight)
     held = [name for child, module in layer.gate.named_children() for name, _ in module.named_parameters(child)]
     if held:
         raise _refusal(layer, "it has modules of its own with parameters")
@@ -80,7 +79,7 @@ def _twin(gate: nn.Module, dtype: torch.dtype) -> Any:
     for group in ("_parameters", "_buffers"):
         tensors = {name: value for name, value in gate.__dict__[group].items() if value is not None}
         twin.__dict__[group] = gate.__dict__[group] | {
-            name: _random(value.shape, rng, dtype) / max((1, *value.shape[1:])) ** 0.5
+            name: _random(shape_of(value), rng, dtype) / max((1, *shape_of(value)[1:])) ** 0.5
             for name, value in tensors.items()
         }
     return twin

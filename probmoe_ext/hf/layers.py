@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 GATE_NAMES = ("gate", "router")
@@ -75,8 +77,17 @@ def find_layers(model: nn.Module) -> Iterator[MoELayer]:
             continue
         for name in GATE_NAMES:
             gate = children.get(name)
-            if gate is not None and getattr(getattr(gate, "weight", None), "ndim", 0) == 2:
+            if gate is not None and len(shape_of(getattr(gate, "weight", None))) == 2:
                 numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
                 index = int(numbers[-1]) if numbers else 0
                 yield MoELayer(index, f"{path}.{name}" if path else name, gate, children["experts"])
                 break
+
+
+def shape_of(tensor: Any) -> torch.Size:
+    """The shape of a whole parameter, on a process that holds a part of it, or none; ``()`` for what is no tensor.
+
+    DeepSpeed's ZeRO-3 leaves an empty tensor and keeps the shape beside it (``ds_shape``).
+    """
+    shape: torch.Size = getattr(tensor, "ds_shape", getattr(tensor, "shape", torch.Size()))
+    return shape
