@@ -13,6 +13,7 @@ from probmoe_ext.hf.experts import check_experts, restore_experts, skip_unused_s
 from probmoe_ext.hf.form import read_form
 from probmoe_ext.hf.gate import RouterForm, SwappedGate
 from probmoe_ext.hf.layers import MoELayer, find_layers, moe_layers
+from probmoe_ext.hf.padding import PaddingCarrier
 from probmoe_ext.hf.reclass import check_reclassable, reclass, restore_class
 from probmoe_ext.routers import ExpertsPerToken, Router, make_router, router_options, watch_loss
 
@@ -52,7 +53,7 @@ def swap_router(
     costly = [layer for layer, form, router in planned if not _install(layer, form, router)]
     if costly:
         warnings.warn(unused_slots_cost(costly[0].experts), stacklevel=2)
-    _watch(model)
+    watch_model(model)
     return model
 
 
@@ -77,7 +78,7 @@ def restore_router(model: Model) -> Model:
         del gate.probmoe_form
     for module in list(model.modules()):
         restore_experts(module)
-    _watch(model)
+    watch_model(model)
     return model
 
 
@@ -128,13 +129,17 @@ def _install(layer: MoELayer, form: RouterForm, router: Router) -> bool:
     return True
 
 
-def _watch(model: nn.Module) -> None:
-    """Note the scale of the model's loss as long as a router has a loss of its own."""
+def watch_model(model: nn.Module) -> None:
+    """Note the scale of the model's loss, and its padding, as long as a router has a loss of its own."""
     for key, hook in list(model._forward_hooks.items()):
         if hook is _note_loss:
             del model._forward_hooks[key]
+    carrier = model.__dict__.pop("probmoe_padding", None)
+    if carrier is not None:
+        carrier.remove()
     if any(isinstance(module, Router) and module.has_loss for module in model.modules()):
         model.register_forward_hook(_note_loss)
+        model.__dict__["probmoe_padding"] = PaddingCarrier(model)
 
 
 def _note_loss(model: nn.Module, args: Any, output: Any) -> None:

@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
-from probmoe_ext.ops import route_probmoe
+from probmoe_ext.ops import route_probmoe, subset_marginals
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.topk import at_indices
 
 FORWARD = ("sample", "topk")
 BACKWARD = ("marginal", "ste")
@@ -65,3 +66,26 @@ class ProbMoERouter(Router):
             backward=self.backward_rule,
         )
         return weights, indices
+
+    def weights_for(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        indices: torch.Tensor,
+        scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``(stopgrad(z - m) + m) * s`` at given experts ``[T, K]``, ``z`` their indicator; ``s`` in evaluation.
+
+        With ``normalize`` it is divided by its sum over all experts, which are not chosen ones only in the gradient.
+        """
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dense = torch.softmax(wide, dim=-1) if scores is None else scores
+        if not (self.training and self.backward_rule == "marginal"):
+            return at_indices(dense, indices, self.normalize).to(logits.dtype)
+        marginals = subset_marginals(wide, self.k)
+        z = torch.nn.functional.pad(torch.zeros_like(marginals), (0, 1)).scatter(-1, indices, 1)[..., :-1]
+        dense = ((z - marginals).detach() + marginals) * dense
+        if self.normalize:
+            total = dense.sum(-1, keepdim=True)
+            dense = dense / torch.where(total == 0, 1, total)
+        return at_indices(dense, indices, False).to(logits.dtype)

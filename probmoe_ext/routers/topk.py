@@ -37,3 +37,23 @@ class TopKRouter(Router):
         """Route ``[T, E]`` logits to weights and indices ``[T, k]``; the hidden states are not used."""
         weights, indices = route_top_k(logits, self.k_max, normalize=self.normalize)
         return weights, indices
+
+    def weights_for(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        indices: torch.Tensor,
+        scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The softmax probabilities (or scores) of given experts ``[T, K]``."""
+        dense = torch.softmax(logits.float(), dim=-1) if scores is None else scores
+        return at_indices(dense, indices, self.normalize).to(logits.dtype)
+
+
+def at_indices(dense: torch.Tensor, indices: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """Dense weights ``[T, E]`` at ``indices`` ``[T, K]``, 0 at index ``E``; a row's divided by their sum if asked."""
+    weights = torch.nn.functional.pad(dense, (0, 1)).gather(-1, indices)
+    if not normalize:
+        return weights
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, 1, total)
