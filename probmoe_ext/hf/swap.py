@@ -14,6 +14,7 @@ from probmoe_ext.hf.form import read_form
 from probmoe_ext.hf.gate import RouterForm, SwappedGate
 from probmoe_ext.hf.layers import MoELayer, find_layers, moe_layers
 from probmoe_ext.hf.padding import PaddingCarrier
+from probmoe_ext.hf.parallel import share_draws
 from probmoe_ext.hf.reclass import check_reclassable, reclass, restore_class
 from probmoe_ext.routers import ExpertsPerToken, Router, make_router, router_options, watch_loss
 
@@ -53,6 +54,7 @@ def swap_router(
     costly = [layer for layer, form, router in planned if not _install(layer, form, router)]
     if costly:
         warnings.warn(unused_slots_cost(costly[0].experts), stacklevel=2)
+    share_draws(model)
     watch_model(model)
     return model
 

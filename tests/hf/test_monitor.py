@@ -266,7 +266,7 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is an optional dependency")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    one = trainer(tmp_path / "run", report_to=["tensorboard"], logging_dir=str(tmp_path / "board"))
+    one = trainer(tmp_path / "run", report_to=["tensorboard"])
     RoutingMonitor(one.model).attach(one)
     one.train()
     (file,) = tmp_path.rglob("events.out.tfevents.*")
