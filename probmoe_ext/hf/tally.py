@@ -46,21 +46,9 @@ class Tally:
 
     def __init__(self, gate: Gate, module: nn.Module) -> None:
         self.gate = gate
-        self.module = module
-        self.reference: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self.sums = torch.zeros(2 * gate.num_experts + 3 + len(MEANS) + 2 * len(BUCKETS), dtype=torch.float64)
-        weight: Any = module.weight
-        if weight.numel():  # ZeRO-3 has it during a forward pass only
-            self.refer()
-            self.sums = self.sums.to(weight.device)
-
-    def refer(self) -> None:
-        """Take the gate as it is now for the original one, which drift is measured from."""
-        weight, bias = (getattr(self.module, name, None) for name in ("weight", "bias"))
-        held = [None if one is None else one.detach() for one in (weight, bias)]
-        # Sharded: every process takes part.
-        held = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in held]  # type: ignore[union-attr]
-        self.reference = (held[0].clone(), None if held[1] is None else held[1].clone())  # type: ignore[union-attr]
+        self.reference = tuple(_copy_of(getattr(module, name, None)) for name in ("weight", "bias"))
+        size = 2 * gate.num_experts + 3 + len(MEANS) + 2 * len(BUCKETS)
+        self.sums = torch.zeros(size, dtype=torch.float64, device=module.weight.device)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def add(
@@ -81,8 +69,6 @@ class Tally:
             buckets: ``[T]``, the place of each token in :data:`BUCKETS`; ``None`` if it is not known.
         """
         experts, device = self.gate.num_experts, recorded.device
-        if self.reference is None:
-            self.refer()
         if self.sums.device != device:
             self.sums = self.sums.to(device)
         tokens = recorded.shape[0]
@@ -111,7 +97,7 @@ class Tally:
         p = log_p.exp()
         chosen = F.pad(torch.zeros_like(p), (0, 1)).scatter(-1, indices, 1.0)[:, :-1]
         top = torch.zeros_like(p).scatter(-1, logits.topk(self.gate.k, dim=-1).indices, 1.0)
-        weight, bias = (None if one is None else one.to(hidden.device).float() for one in self.reference or ())
+        weight, bias = (None if one is None else one.to(hidden.device).float() for one in self.reference)
         assert weight is not None
         first = F.linear(hidden.float(), weight, bias)
         first_top = torch.zeros_like(p).scatter(-1, first.topk(self.gate.k, dim=-1).indices, 1.0)
@@ -125,6 +111,22 @@ class Tally:
                 (first_log_p.exp() * (first_log_p - log_p)).sum(-1),
             )
         )
+
+
+def _copy_of(tensor: Any) -> torch.Tensor | None:
+    """A copy of a gate's whole tensor; where it is sharded, every process takes part."""
+    if tensor is None:
+        return None
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            whole: torch.Tensor = tensor.detach().clone()
+            return whole
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    copy: torch.Tensor = tensor.detach().clone()
+    return copy
 
 
 def summarize(gate: Gate, sums: torch.Tensor) -> dict[str, Any]:
