@@ -83,3 +83,6 @@ def test_what_lies_over_a_module_is_not_hidden() -> None:
     gates(other)[0].forward = lambda hidden_states: None
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate has a forward that was set on the instance"):
         swap_router(other, "probmoe")
+    gates(other)[0]._is_hooked = True
+    with pytest.raises(ValueError, match="by the parallel plan that the model was loaded with"):
+        swap_router(other, "probmoe")
