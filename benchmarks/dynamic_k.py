@@ -22,7 +22,8 @@ from probmoe_ext.hf.experts import skip_unused_slots
 from probmoe_ext.hf.gate import RouterForm
 from probmoe_ext.ops import subset_mode
 
-from .run import Run, alternate, machine
+from .measure import alternate, machine
+from .peers import Run
 
 
 def routes(tokens: int, experts: int, band: tuple[int, int], mean: float) -> Tensor:
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=4.0)
     parser.add_argument("--implementations", nargs="+", default=["eager", "grouped_mm", "batched_mm"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of turns for each line, 15 turns at least")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of turns for each line, 7 turns at least")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -17,7 +17,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from probmoe_ext.hf import RoutingMonitor, swap_router
 
-from .run import Run, alternate, machine
+from .measure import alternate, machine
+from .peers import Run
 
 
 def main() -> None:
