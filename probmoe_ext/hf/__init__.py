@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from probmoe_ext.hf.card import model_card
 from probmoe_ext.hf.checkpoint import from_pretrained, push_to_hub, save_pretrained
 from probmoe_ext.hf.layers import moe_layers
+from probmoe_ext.hf.losses import add_router_losses
+from probmoe_ext.hf.padding import padding_mask
 from probmoe_ext.hf.parameters import freeze_router, parameter_table, router_parameters
+from probmoe_ext.hf.replay import RoutingRecord, record_routing, replay_routing
 from probmoe_ext.hf.serving import custom_routing_function
 from probmoe_ext.hf.swap import restore_router, routing_of, swap_router
 from probmoe_ext.hf.trainers import watch_trainer
 
+if TYPE_CHECKING:
+    from probmoe_ext.hf.monitor import RoutingMonitor
+
 __all__ = [
+    "RoutingMonitor",
+    "RoutingRecord",
+    "add_router_losses",
     "custom_routing_function",
     "freeze_router",
     "from_pretrained",
     "model_card",
     "moe_layers",
+    "padding_mask",
     "parameter_table",
     "push_to_hub",
+    "record_routing",
+    "replay_routing",
     "restore_router",
     "router_parameters",
     "routing_of",
@@ -25,3 +39,12 @@ __all__ = [
     "swap_router",
     "watch_trainer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is built on a class of transformers when it is asked for."""
+    if name == "RoutingMonitor":
+        from probmoe_ext.hf.monitor import RoutingMonitor
+
+        return RoutingMonitor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,14 @@
 """Slots that a token does not use: what the experts of a model do with them.
 
-A router that gives each token a number of experts of its own leaves slots unused, with index ``E`` and weight 0.
-Recent versions of transformers skip such rows, because expert parallelism needs it; where they do not, the slot gets a
-real expert at weight 0, which is correct and saves nothing.
+A router that gives each token a number of experts of its own leaves slots unused, with index ``E`` and weight 0. What
+happens to them depends on the expert implementation that the model was given:
+
+- ``eager``, ``grouped_mm`` and ``batched_mm`` run :func:`~probmoe_ext.hf.dispatch.grouped_experts_forward` in their
+  place, which costs nothing for a slot that is not used, on every version of transformers.
+- The kernels of others (``deepgemm``, ``sonicmoe``, what a user registered) run if they know such slots, which
+  expert parallelism needs, too.
+- Where neither is possible, the loop of the model's own class gets the used slots alone; and experts that are split
+  over processes, or a kernel that knows no such slots, get a real expert at weight 0: right, and nothing is saved.
 """
 
 from __future__ import annotations
@@ -13,31 +19,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from probmoe_ext.hf.dispatch import NAME, follows_interface, grouped_experts_forward, register_implementation
 from probmoe_ext.hf.gate import RouterForm
 from probmoe_ext.hf.reclass import Reclassed, check_reclassable, original_class, reclass, restore_class
 
 PARALLEL_FLAG = "_is_expert_parallel"
-"""Experts mask rows of index ``E`` if they have this attribute and it is true; nothing else depends on it."""
+"""Library kernels mask rows of index ``E`` if the experts have this attribute and it is true; nothing else reads it."""
+
+REPLACED = ("eager", "grouped_mm", "batched_mm", NAME)
+"""Implementations that the grouped dispatch computes the same as, but for rounding."""
 
 
 class SwappedExperts(Reclassed):
     """Experts whose router leaves slots unused."""
 
-    probmoe_skips: frozenset[str]
-    """The expert implementations that can be given index ``E``."""
     probmoe_num_experts: int
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Evaluate the experts: ``[T, H]`` hidden states, indices and weights ``[T, K]``, to ``[T, H]``."""
-        if implementation_of(self) not in self.probmoe_skips:
-            used = top_k_index < self.probmoe_num_experts
-            # The token's own first expert, so that no expert has to see another token; expert 0 if there is none.
-            first = torch.where(used[:, :1], top_k_index[:, :1], 0)
-            top_k_index = torch.where(used, top_k_index, first)
-            # The weight is 0 already; this keeps the slot out of its gradient.
-            top_k_weights = torch.where(used, top_k_weights, 0)
+        way = _way(self)
+        if way == "grouped":
+            return grouped_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        if way == "used slots":
+            # The loop over experts synchronises by itself, so the shape may depend on the data.
+            token, place = (top_k_index < self.probmoe_num_experts).nonzero(as_tuple=True)
+            rows = super().forward(
+                hidden_states[token], top_k_index[token, place, None], top_k_weights[token, place, None]
+            )
+            return torch.zeros_like(hidden_states).index_add(0, token, rows)
+        if way == "padded":
+            top_k_index, top_k_weights = _pad(top_k_index, top_k_weights, self.probmoe_num_experts)
         result: torch.Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
         return result
 
@@ -46,97 +59,118 @@ def check_experts(experts: nn.Module, path: str) -> None:
     """Check that the experts of a layer can be given unused slots.
 
     Raises:
-        ValueError: If they are split over processes, or wrapped; the message says so.
+        ValueError: If their forward was replaced by something that is not known to call it; the message says so.
     """
-    split = getattr(experts, PARALLEL_FLAG, False) and not isinstance(experts, SwappedExperts)
-    if split:
-        raise ValueError(f"{path} is split over processes (expert parallelism), which takes one k and no band")
-    check_reclassable(experts, path)
+    if not is_split(experts):
+        check_reclassable(experts, path)
 
 
-def skip_unused_slots(experts: nn.Module, form: RouterForm) -> bool:
+def is_split(experts: nn.Module) -> bool:
+    """Whether the library's tensor- or expert-parallel plan was applied to experts."""
+    split = getattr(experts, "_is_hooked", False) or getattr(experts, PARALLEL_FLAG, False)
+    return bool(split) and not isinstance(experts, SwappedExperts)
+
+
+def skip_unused_slots(experts: Any, form: RouterForm) -> bool:
     """Let experts take index ``E`` for slots that are not used.
 
     Returns:
-        Whether the implementation that runs skips them; if not, they are computed at weight 0.
+        Whether such slots cost nothing; if not, they are computed at weight 0.
     """
+    if is_split(experts):
+        if not hasattr(experts, "probmoe_padding"):
+            # The plan sends each slot to the process that has its expert: before it does, each gets one.
+            experts.probmoe_padding = experts.register_forward_pre_hook(_Padding(form.num_experts))
+        return False
     if not isinstance(experts, SwappedExperts):
-        skips = skipping_implementations(experts, form)
+        register_implementation()
         reclass(experts, SwappedExperts)
-        swapped: Any = experts
-        swapped.probmoe_skips = skips
-        swapped.probmoe_num_experts = form.num_experts
+        experts.probmoe_num_experts = form.num_experts
         if hasattr(experts, PARALLEL_FLAG):
             setattr(experts, PARALLEL_FLAG, True)
-    return implementation_of(experts) in _skips(experts)
+    return _way(experts) != "padded"
 
 
 def unused_slots_cost(experts: nn.Module) -> str:
     """The warning for experts that compute slots which are not used."""
+    what = (
+        "experts split over processes compute"
+        if is_split(experts)
+        else f"the {implementation_of(experts)!r} implementation of {original_class(experts).__name__} computes"
+    )
     return (
-        f"the {implementation_of(experts)!r} implementation of {original_class(experts).__name__} computes slots that "
-        "a token does not use, at weight 0: results are right, but a band of k saves no time. Implementations of the "
-        f"installed transformers that skip them: {', '.join(sorted(_skips(experts))) or 'none'}"
+        f"{what} slots that a token does not use, at weight 0: results are right, but a band of k saves no time; "
+        f"these save it: {', '.join(REPLACED)} (model.set_experts_implementation), without splitting the experts"
     )
 
 
-def restore_experts(experts: nn.Module) -> None:
+def restore_experts(experts: Any) -> None:
     """Undo :func:`skip_unused_slots`; nothing if it was not done."""
+    if hasattr(experts, "probmoe_padding"):
+        experts.probmoe_padding.remove()
+        del experts.probmoe_padding
     if not isinstance(experts, SwappedExperts):
         return
     restore_class(experts)
-    for name in ("probmoe_skips", "probmoe_num_experts"):
-        delattr(experts, name)
+    del experts.probmoe_num_experts
     if hasattr(experts, PARALLEL_FLAG):
         setattr(experts, PARALLEL_FLAG, False)
 
 
 def implementation_of(experts: nn.Module) -> str:
-    """The name of the expert implementation that runs, ``"eager"`` if there is no choice."""
+    """The name of the expert implementation that the model was given, ``"eager"`` if there is no choice."""
     config = getattr(experts, "config", None)
     return getattr(config, "_experts_implementation", None) or "eager"
 
 
-def skipping_implementations(experts: nn.Module, form: RouterForm) -> frozenset[str]:
-    """The expert implementations of the installed transformers that can be given index ``E`` for these experts.
+def kernel_knows_unused_slots(name: str) -> bool:
+    """Whether an expert implementation of the installed transformers can be given index ``E``.
 
-    The loop of the model's own class is tried, since it raises where it cannot. The others would read memory that no
-    kernel wrote, which a trial may miss: those that mask such rows are known by the local variable for the mask. A
-    version that calls it otherwise is taken as one that does not, which is correct and slower.
+    Such an index is what the library's expert parallelism calls a sentinel, in the code of every implementation that
+    expects one. To try it out instead would tell nothing: a kernel that does not may read memory that nobody wrote.
     """
-    names = {"eager"} if _eager_skips(experts, form) else set()
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError:
-        return frozenset(names)
-    for name in ALL_EXPERTS_FUNCTIONS.keys():  # noqa: SIM118 - it is no dict in every version
-        code = getattr(inspect.unwrap(ALL_EXPERTS_FUNCTIONS[name]), "__code__", None)
-        if code is not None and "sentinel_mask" in code.co_varnames:
-            names.add(name)
-    return frozenset(names)
 
-
-def _skips(experts: Any) -> frozenset[str]:
-    skips: frozenset[str] = experts.probmoe_skips
-    return skips
-
-
-def _eager_skips(experts: nn.Module, form: RouterForm) -> bool:
-    cls = original_class(experts)
-    twin: Any = object.__new__(cls)
-    twin.__dict__.update(experts.__dict__)
-    # One zero seen as the whole tensor: no memory, and no look at the model's own, which may be anywhere. On the CPU
-    # whatever the default is: an index out of range is an exception here, and the end of the process on a GPU.
-    zero = torch.zeros((), device="cpu", dtype=torch.float32)
-    twin.__dict__["_parameters"] = {
-        name: None if value is None else zero.expand(value.shape)
-        for name, value in experts.__dict__["_parameters"].items()
-    }
-    indices = torch.tensor([[0, form.num_experts]], device="cpu")
-    forward = getattr(cls.forward, "__wrapped__", cls.forward)
-    try:
-        with torch.no_grad():
-            forward(twin, zero.expand(1, form.hidden_size), indices, zero.expand(1, 2))
-    except Exception:
+        return "sentinel" in inspect.getsource(inspect.unwrap(ALL_EXPERTS_FUNCTIONS[name]))
+    except (ImportError, KeyError, OSError, TypeError):
         return False
-    return True
+
+
+def _way(experts: SwappedExperts) -> str:
+    """How a forward pass goes: ``"grouped"``, ``"used slots"``, ``"own"`` or ``"padded"``."""
+    name = implementation_of(experts)
+    if name in REPLACED and follows_interface(experts):
+        return "grouped"
+    if name == "eager":
+        return "used slots"
+    return "own" if _knows(name) else "padded"
+
+
+_KNOWN: dict[str, bool] = {}
+
+
+def _knows(name: str) -> bool:
+    if name not in _KNOWN:
+        _KNOWN[name] = kernel_knows_unused_slots(name)
+    return _KNOWN[name]
+
+
+class _Padding:
+    """A forward pre-hook that fills slots which are not used."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def __call__(self, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden_states, top_k_index, top_k_weights = args
+        return (hidden_states, *_pad(top_k_index, top_k_weights, self.num_experts))
+
+
+def _pad(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give each slot that is not used a real expert and weight 0."""
+    used = top_k_index < num_experts
+    # The token's own first expert, so that no expert has to see another token; expert 0 if there is none.
+    first = torch.where(used[:, :1], top_k_index[:, :1], 0)
+    # The weight is 0 already; this keeps the slot out of its gradient.
+    return torch.where(used, top_k_index, first), torch.where(used, top_k_weights, 0)

@@ -14,7 +14,7 @@ from torch import nn
 
 from probmoe_ext.hf.choice import ChoiceRule
 from probmoe_ext.hf.gate import RouterForm, tensor_of
-from probmoe_ext.hf.layers import MoELayer, gate_weight
+from probmoe_ext.hf.layers import MoELayer, gate_weight, shape_of
 from probmoe_ext.hf.reclass import original_class
 
 PROBE_TOKENS = 32
@@ -41,7 +41,7 @@ def read_form(layer: MoELayer) -> RouterForm:
     weight = gate_weight(layer.gate)
     if weight is None:
         raise _refusal(layer, "it has no weight [experts, hidden]")
-    num_experts, hidden_size = tensor_of(layer.gate, weight).shape
+    num_experts, hidden_size = shape_of(tensor_of(layer.gate, weight))
     # Every device and dtype is spelt out: defaults may have been changed around the call.
     x = _random((PROBE_TOKENS, hidden_size), torch.Generator("cpu").manual_seed(0), torch.float32)
     twin = _twin(layer.gate, torch.Generator("cpu").manual_seed(1), torch.float32)
@@ -164,7 +164,9 @@ def _twin(gate: nn.Module, rng: torch.Generator, dtype: torch.dtype) -> Any:
     twin.__dict__["training"] = False
     for group in ("_parameters", "_buffers"):
         twin.__dict__[group] = {
-            name: None if value is None else _random(value.shape, rng, dtype) / max((1, *value.shape[1:])) ** 0.5
+            name: None
+            if value is None
+            else _random(shape_of(value), rng, dtype) / max((1, *shape_of(value)[1:])) ** 0.5
             for name, value in gate.__dict__[group].items()
         }
     # The router of a swapped gate is no part of the original.

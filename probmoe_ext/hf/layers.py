@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 GATE_NAMES = ("gate", "router")
@@ -95,14 +97,25 @@ def find_layers(model: nn.Module) -> Iterator[MoELayer]:
                 break
 
 
+def shape_of(tensor: Any) -> torch.Size:
+    """The shape of a whole parameter, on a process that holds a part of it, or none; ``()`` for what is no tensor.
+
+    DeepSpeed's ZeRO-3 leaves an empty tensor and keeps the shape beside it (``ds_shape``).
+    """
+    shape: torch.Size = getattr(tensor, "ds_shape", getattr(tensor, "shape", torch.Size()))
+    return shape
+
+
 def gate_weight(gate: nn.Module) -> str | None:
     """The name of the ``[E, H]`` weight in a gate: ``weight``, or the only 2-D weight of its children.
 
     ``None`` if there is no such tensor, or more than one that could be meant.
     """
-    if getattr(getattr(gate, "weight", None), "ndim", 0) == 2:
+    if len(shape_of(getattr(gate, "weight", None))) == 2:
         return "weight"
-    found = [name for name, one in gate.named_parameters() if one.ndim == 2 and not name.startswith("probmoe.")]
+    found = [
+        name for name, one in gate.named_parameters() if len(shape_of(one)) == 2 and not name.startswith("probmoe.")
+    ]
     return found[0] if len(found) == 1 and found[0].endswith(".weight") else None
 
 

@@ -66,7 +66,11 @@ def check_reclassable(module: nn.Module, path: str) -> None:
             "(and swap the router after it)"
         )
     if holds_another_forward(module):
-        raise ValueError(f"{path} has a forward that was set on the instance; it would hide the swapped one")
+        plan = getattr(module, "_is_hooked", False)
+        by = ", by the parallel plan that the model was loaded with: later versions of transformers split experts alone"
+        raise ValueError(
+            f"{path} has a forward that was set on the instance; it would hide the swapped one{by if plan else ''}"
+        )
 
 
 def holds_another_forward(module: nn.Module) -> bool:

@@ -17,6 +17,8 @@ from probmoe_ext.hf.experts import check_experts, restore_experts, skip_unused_s
 from probmoe_ext.hf.form import read_form
 from probmoe_ext.hf.gate import RouterForm, SwappedGate, tensor_of
 from probmoe_ext.hf.layers import MoELayer, find_layers, moe_layers
+from probmoe_ext.hf.padding import PaddingCarrier
+from probmoe_ext.hf.parallel import share_draws
 from probmoe_ext.hf.reclass import check_reclassable, reclass, restore_class
 from probmoe_ext.hf.trainers import label_share
 from probmoe_ext.routers import ExpertsPerToken, Router, make_router, router_options, watch_loss
@@ -60,6 +62,7 @@ def swap_router(
     costly = swap_layers(model, moe_layers(model, layers), name, k, options)
     if costly:
         warnings.warn(unused_slots_cost(costly[0].experts), stacklevel=2)
+    share_draws(model)
     return model
 
 
@@ -70,7 +73,7 @@ def swap_layers(
     planned = [(layer, _plan(layer, name, k, options)) for layer in layers]
     costly = [layer for layer, gates in planned if not _install(layer, gates)]
     write_entry(model)
-    _watch(model)
+    watch_model(model)
     return costly
 
 
@@ -97,7 +100,7 @@ def restore_router(model: Model) -> Model:
     for module in list(model.modules()):
         restore_experts(module)
         restore_block(module)
-    _watch(model)
+    watch_model(model)
     return model
 
 
@@ -163,14 +166,18 @@ def _install(layer: MoELayer, planned: Planned) -> bool:
     return True
 
 
-def _watch(model: nn.Module) -> None:
-    """Note the scale of the model's loss as long as a router has a loss of its own."""
+def watch_model(model: nn.Module) -> None:
+    """Note the scale of the model's loss, and its padding, as long as a router has a loss of its own."""
     for key, hook in list(model._forward_hooks.items()):
         if hook is _note_loss:
             del model._forward_hooks[key]
             del model._forward_hooks_with_kwargs[key]
+    carrier = model.__dict__.pop("probmoe_padding", None)
+    if carrier is not None:
+        carrier.remove()
     if any(isinstance(module, Router) and module.has_loss for module in model.modules()):
         model.register_forward_hook(_note_loss, with_kwargs=True)
+        model.__dict__["probmoe_padding"] = PaddingCarrier(model)
 
 
 def _note_loss(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

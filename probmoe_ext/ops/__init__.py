@@ -9,6 +9,7 @@ Bernoulli law; results have the dtype of ``logits``. The raw operators are ``tor
 from __future__ import annotations
 
 from .route import route_probmoe, route_top_k
+from .streams import sample_stream, set_sample_stream
 from .subset import (
     subset_cardinality,
     subset_covariance_vp,
@@ -24,6 +25,8 @@ from .subset_derived import subset_indicator, subset_kl, subset_pairwise
 __all__ = [
     "route_probmoe",
     "route_top_k",
+    "sample_stream",
+    "set_sample_stream",
     "subset_cardinality",
     "subset_covariance_vp",
     "subset_entropy",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .streams import spread_seed
+
 Cardinality: TypeAlias = "int | tuple[int, int]"
 
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -109,7 +111,7 @@ def check_indices(indices: Tensor, logits: Tensor, k_max: int) -> None:
 def make_seed(seed: int | Tensor | None, logits: Tensor) -> Tensor:
     """The int64 scalar that keys the draws: fresh from torch's generator of the device, or the caller's."""
     if seed is None:
-        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=logits.device)
+        return spread_seed(torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=logits.device))
     if isinstance(seed, bool) or not isinstance(seed, int | Tensor):
         raise TypeError(f"seed must be None, an int or an int64 tensor of one element, not {type(seed).__name__}")
     if isinstance(seed, int):

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _C  # noqa: F401  (registers the operators)
 from .arguments import Cardinality, apply_mask, check_band, check_logits, launch, make_seed, nothing_watches
 from .registration import refuse_derivative, register
+from .streams import sample_stream
 
 Forward = Literal["sample", "topk"]
 Backward = Literal["marginal", "ste"]
@@ -160,7 +161,8 @@ def route_probmoe(
     if backward not in ("marginal", "ste"):
         raise ValueError(f"backward must be 'marginal' or 'ste', not {backward!r}")
     sample = training and forward == "sample"
-    if sample and not (seed is None and nothing_watches(logits)):  # then the operator draws one itself
+    # In eager mode the operator draws one itself, which is that of the first stream.
+    if sample and not (seed is None and sample_stream() == 0 and nothing_watches(logits)):
         seed = make_seed(seed, logits)
     return launch(
         _probmoe,

@@ -11,6 +11,7 @@ from probmoe_ext.routers.base import (
     register_router,
     router_options,
 )
+from probmoe_ext.routers.losses import load_balancing_loss, z_loss
 from probmoe_ext.routers.probmoe import ProbMoERouter
 from probmoe_ext.routers.topk import TopKRouter
 
@@ -21,8 +22,10 @@ __all__ = [
     "TopKRouter",
     "aux_losses",
     "available_routers",
+    "load_balancing_loss",
     "make_router",
     "register_router",
     "router_options",
     "watch_loss",
+    "z_loss",
 ]

@@ -14,7 +14,7 @@ Face models that return a loss; a training loop that computes its own loss calls
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from torch import nn
 class AuxiliaryLosses(nn.Module):
     """A module whose training forward pass may have losses of its own; the base of every router."""
 
-    has_loss: ClassVar[bool] = False
+    has_loss: bool = False
     """Whether :meth:`join_loss` is called; a class that says so gets a buffer for the scale (not in the state dict)."""
 
     loss_scale: torch.Tensor
@@ -33,6 +33,12 @@ class AuxiliaryLosses(nn.Module):
         self.losses: dict[str, torch.Tensor] = {}
         if self.has_loss:
             self.register_buffer("loss_scale", torch.ones((), dtype=torch.float32), persistent=False)
+
+    def take_losses(self, device: torch.device) -> None:
+        """Let :meth:`join_loss` be called on this module from outside, whatever its class says."""
+        if not self.has_loss:
+            self.has_loss = True
+            self.register_buffer("loss_scale", torch.ones((), dtype=torch.float32, device=device), persistent=False)
 
     def join_loss(self, weights: torch.Tensor, loss: torch.Tensor, name: str) -> torch.Tensor:
         """Make an auxiliary loss part of the backward pass, through the routing weights.

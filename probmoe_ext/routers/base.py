@@ -17,6 +17,21 @@ RouterClass = TypeVar("RouterClass", bound="type[Router]")
 _REGISTRY: dict[str, type[Router]] = {}
 
 
+class TokenMask:
+    """A cell that the gates of a model share, for the padding of the batch that is under way.
+
+    Attributes:
+        value: ``[T]`` bool, the tokens that count; ``None`` for all.
+        given: Whether a caller said so, and no hook may change it.
+        users: How many want it kept.
+    """
+
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
+        self.given = False
+        self.users = 0
+
+
 class Router(AuxiliaryLosses):
     """Turns the hidden states and logits of a batch of tokens into experts and their weights.
 
@@ -46,6 +61,9 @@ class Router(AuxiliaryLosses):
     takes_scores: ClassVar[bool] = False
     """Whether :meth:`forward` takes scores as a third argument, see there."""
 
+    token_mask_cell: TokenMask | None = None
+    """Where the padding of the batch is noted, while somebody notes it."""
+
     def __init__(self, num_experts: int, k: ExpertsPerToken, **options: Any) -> None:
         super().__init__()
         self.num_experts = _integer("num_experts", num_experts)
@@ -68,6 +86,11 @@ class Router(AuxiliaryLosses):
     def leaves_slots_unused(self) -> bool:
         """Whether some slots may carry index ``E`` and weight 0."""
         return self.k_min < self.k_max
+
+    @property
+    def token_mask(self) -> torch.Tensor | None:
+        """``[T]`` bool, the tokens that a loss of this router may count (the others are padding); ``None`` for all."""
+        return None if self.token_mask_cell is None else self.token_mask_cell.value
 
     def top_k_in_evaluation(self) -> tuple[int, bool] | None:
         """Say whether this router, in evaluation mode, is the usual one.
@@ -94,6 +117,29 @@ class Router(AuxiliaryLosses):
             A slot that is not used has weight 0 and index ``E``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward(hidden_states, logits)")
+
+    def weights_for(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        indices: torch.Tensor,
+        scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weights that :meth:`forward` returns, values and gradient, had it chosen given experts.
+
+        Args:
+            hidden_states: ``[T, H]``.
+            logits: ``[T, E]``.
+            indices: ``[T, K]``, int64; index ``E`` is a slot that is not used.
+            scores: As in :meth:`forward`, for routers that take them.
+
+        Returns:
+            ``[T, K]`` in the dtype of the logits; 0 where a slot is not used.
+
+        Raises:
+            ValueError: If the router has no such weights.
+        """
+        raise ValueError(f"router {self.name!r} cannot replay decisions: it does not implement weights_for")
 
     def extra_repr(self) -> str:
         """The arguments that build this router."""

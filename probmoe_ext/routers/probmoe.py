@@ -76,11 +76,29 @@ class ProbMoERouter(Router):
         )
         return weights, indices
 
+    def weights_for(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        indices: torch.Tensor,
+        scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``(stopgrad(z - m) + m) * s`` at given experts ``[T, K]``, ``z`` their indicator; ``s`` in evaluation.
+
+        With ``normalize`` it is divided by its sum over all experts, which are not chosen ones only in the gradient.
+        """
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dense = torch.softmax(wide, dim=-1) if scores is None else scores
+        return self._weights(indices, wide, dense).to(logits.dtype)
+
     def _route_scores(self, logits: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sampled = self.training and self.forward_rule == "sample"
         indices = (subset_sample if sampled else subset_mode)(logits.detach(), self.k)
+        return self._weights(indices, logits, scores), indices
+
+    def _weights(self, indices: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         z = chosen(indices, self.num_experts, scores.dtype)
         if self.training and self.backward_rule == "marginal":
             marginals = subset_marginals(logits, self.k)
             z = (z - marginals).detach() + marginals
-        return weights_at(indices, z * scores, self.normalize), indices
+        return weights_at(indices, z * scores, self.normalize)

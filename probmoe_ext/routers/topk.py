@@ -44,6 +44,19 @@ class TopKRouter(Router):
             weights = weights_at(indices, scores * chosen(indices, self.num_experts, scores.dtype), self.normalize)
         return weights, indices
 
+    def weights_for(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        indices: torch.Tensor,
+        scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The softmax probabilities (or scores) of given experts ``[T, K]``."""
+        dense = torch.softmax(logits.float(), dim=-1) if scores is None else scores
+        return weights_at(indices, dense * chosen(indices, self.num_experts, dense.dtype), self.normalize).to(
+            logits.dtype
+        )
+
 
 def chosen(indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
     """``z``, the 0/1 vector ``[T, E]`` of the experts at ``indices`` ``[T, K]``; index ``E`` is none."""

@@ -147,7 +147,7 @@ def test_a_router_with_parameters_and_a_loss() -> None:
     assert [float(gate.probmoe.loss_scale) for gate in gates(model)] == [256.0] * LAYERS
     assert list(aux_losses(model)) == [f"model.layers.{index}.mlp.gate.probmoe.balance" for index in range(LAYERS)]
     swap_router(model, "balance")
-    assert len(model._forward_hooks) == 1
+    assert len(model._forward_hooks) == 2
     restore_router(model)
     assert list(model.state_dict()) == names
     assert len(model._forward_hooks) == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from probmoe_ext.hf import swap_router
 from tests.hf.models import FAMILIES, LAYERS, K, gates, tiny, tokens
@@ -48,6 +50,41 @@ def test_checkpointing_replays_the_same_experts(family: str, k: Any, use_reentra
         assert first[0].equal(again[1])
     assert all(one.equal(two) for one, two in zip(gradients, other_gradients, strict=True))
     assert not step(plain, seed=8)[2][0][0].equal(chosen[0][0])
+
+
+SAVED = {
+    "nothing": (),
+    "matrix products": (torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default),
+    "the seed": (torch.ops.aten.randint.low,),
+    "routing": (torch.ops.probmoe_ext.route_probmoe.default,),
+}
+
+
+@ks
+@pytest.mark.parametrize(
+    ("saved", "preserve_rng_state"),
+    # A caller who has the generator not restored, and saves nothing that was drawn, asks for other draws.
+    [*((name, True) for name in SAVED), ("the seed", False), ("routing", False)],
+)
+def test_selective_checkpointing_replays_the_same_experts(k: Any, saved: str, preserve_rng_state: bool) -> None:
+    plain = swap_router(tiny("olmoe").train(), "probmoe", k=k)
+    loss, gradients, chosen = step(plain)
+    replayed = swap_router(tiny("olmoe").train(), "probmoe", k=k)
+    contexts = functools.partial(create_selective_checkpoint_contexts, list(SAVED[saved]))
+    replayed.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            "context_fn": contexts,
+            "preserve_rng_state": preserve_rng_state,
+        }
+    )
+    other, other_gradients, twice = step(replayed)
+    assert other.equal(loss)
+    for first, again in zip(chosen, twice, strict=True):
+        assert len(again) == 2
+        assert first[0].equal(again[0])
+        assert first[0].equal(again[1])
+    assert all(one.equal(two) for one, two in zip(gradients, other_gradients, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
