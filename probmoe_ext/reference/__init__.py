@@ -10,6 +10,9 @@ rounded back to the input's dtype at the end.
 
 from __future__ import annotations
 
+from probmoe_ext.reference.dirichlet import dirichlet_entropy, dirichlet_kl, dirichlet_log_prob, dirichlet_sample
+from probmoe_ext.reference.dirmoe import route_dirmoe
+from probmoe_ext.reference.gamma import log_gamma_grad, log_gamma_sample, standard_gamma_grad
 from probmoe_ext.reference.log_space import subset_marginals_log_space
 from probmoe_ext.reference.philox import philox4x32, philox_uniform
 from probmoe_ext.reference.route import route_probmoe, route_top_k
@@ -26,10 +29,18 @@ from probmoe_ext.reference.subset import (
 from probmoe_ext.reference.subset_derived import subset_indicator, subset_kl, subset_pairwise
 
 __all__ = [
+    "dirichlet_entropy",
+    "dirichlet_kl",
+    "dirichlet_log_prob",
+    "dirichlet_sample",
+    "log_gamma_grad",
+    "log_gamma_sample",
     "philox4x32",
     "philox_uniform",
+    "route_dirmoe",
     "route_probmoe",
     "route_top_k",
+    "standard_gamma_grad",
     "subset_cardinality",
     "subset_covariance_vp",
     "subset_entropy",
