@@ -71,8 +71,9 @@ const pm_kernels *pm_kernels_for(int is_double, int64_t rows) {
 size_t pm_largest_scratch(int64_t experts, int64_t k_max) {
   size_t largest = 0;
   for (const instruction_set *set = in_use(); set; set = narrower(set)) {
-    const size_t sizes[2] = {set->f32->scratch_size(experts, k_max), set->f64->scratch_size(experts, k_max)};
-    for (int n = 0; n < 2; ++n) largest = sizes[n] > largest ? sizes[n] : largest;
+    const size_t sizes[] = {set->f32->scratch_size(experts, k_max), set->f64->scratch_size(experts, k_max),
+                            set->f64->law_scratch_size(experts)}; /* of the laws, the same in both precisions */
+    for (int n = 0; n < 3; ++n) largest = sizes[n] > largest ? sizes[n] : largest;
   }
   return largest;
 }

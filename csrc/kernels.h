@@ -24,6 +24,22 @@ typedef struct pm_job {
 
 typedef pm_status (*pm_kernel)(const pm_job *job);
 
+/* A job of the Gamma and Dirichlet family: rows of concentrations (with the shape's stride), the rest dense. */
+typedef struct pm_law_job {
+  pm_shape shape; /* its band is not looked at */
+  const void *concentration;
+  const void *other; /* the variates, the value, or the second law's concentration */
+  const void *total; /* the logarithm of each row's sum of Gamma variates */
+  const void *grad;
+  void *out;
+  void *out_other;
+  void *scratch;
+  uint64_t seed;
+  int is_double;
+} pm_law_job;
+
+typedef pm_status (*pm_law_kernel)(const pm_law_job *job);
+
 typedef struct pm_kernels {
   size_t (*scratch_size)(int64_t experts, int64_t k_max);
   pm_kernel log_partition; /* NULL in single precision, as are the next four */
@@ -36,6 +52,18 @@ typedef struct pm_kernels {
   pm_kernel sample;
   pm_kernel route;
   pm_kernel route_backward;
+  size_t (*law_scratch_size)(int64_t experts);
+  pm_law_kernel log_gamma_sample;
+  pm_law_kernel log_gamma_backward;
+  pm_law_kernel standard_gamma_grad;
+  pm_law_kernel dirichlet_sample;
+  pm_law_kernel dirichlet_sample_backward;
+  pm_law_kernel dirichlet_log_prob; /* NULL in single precision, as are those that follow */
+  pm_law_kernel dirichlet_log_prob_backward;
+  pm_law_kernel dirichlet_entropy;
+  pm_law_kernel dirichlet_entropy_backward;
+  pm_law_kernel dirichlet_kl;
+  pm_law_kernel dirichlet_kl_backward;
 } pm_kernels;
 
 extern const pm_kernels pm_kernels_portable_f32, pm_kernels_portable_f64;

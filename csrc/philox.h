@@ -24,7 +24,13 @@ enum {
   PM_DRAW_ITEM = 0, /* which expert is taken next, t = 0, 1, ... from the last to the first */
   PM_DRAW_ITEM_LOW = 1,
   PM_DRAW_SIZE = 2, /* how many experts, t = 0 */
-  PM_DRAW_SIZE_LOW = 3
+  PM_DRAW_SIZE_LOW = 3,
+  /* Counted by the element instead: counter word 0 is attempt * PM_MAX_EXPERTS + column, and all four words are used.
+   */
+  PM_DRAW_GAMMA = 16, /* radius, angle, acceptance, boost */
+  PM_DRAW_GAMMA_LOW = 17,
+  PM_DRAW_LOGISTIC = 18, /* the two exponential variates of DirMoE's gate noise */
+  PM_DRAW_LOGISTIC_LOW = 19
 };
 
 PM_INLINE void pm_philox(uint64_t seed, uint32_t counter[4]) {

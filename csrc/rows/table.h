@@ -1,4 +1,5 @@
 /* The kernels of one instruction set and precision, as the table PM_TABLE. */
+#include "dirichlet.h"
 #include "route.h"
 
 const pm_kernels PM_TABLE = {
@@ -15,4 +16,18 @@ const pm_kernels PM_TABLE = {
     .sample = sample_rows,
     .route = route_rows,
     .route_backward = route_backward_rows,
+    .law_scratch_size = law_bytes,
+    .log_gamma_sample = log_gamma_sample_rows,
+    .log_gamma_backward = log_gamma_backward_elements,
+    .standard_gamma_grad = standard_gamma_grad_elements,
+    .dirichlet_sample = dirichlet_sample_rows,
+    .dirichlet_sample_backward = dirichlet_sample_backward_rows,
+#if PM_REAL_BITS == 64
+    .dirichlet_log_prob = dirichlet_log_prob_rows,
+    .dirichlet_log_prob_backward = dirichlet_log_prob_backward_rows,
+    .dirichlet_entropy = dirichlet_entropy_rows,
+    .dirichlet_entropy_backward = dirichlet_entropy_backward_rows,
+    .dirichlet_kl = dirichlet_kl_rows,
+    .dirichlet_kl_backward = dirichlet_kl_backward_rows,
+#endif
 };
