@@ -40,6 +40,23 @@ typedef struct pm_law_job {
 
 typedef pm_status (*pm_law_kernel)(const pm_law_job *job);
 
+typedef struct pm_dirmoe_job {
+  pm_shape shape;
+  pm_dirmoe options;
+  const void *gate_logits, *alpha_hi, *alpha_lo;          /* the first with the shape's stride, the rest dense */
+  const void *grad_weights, *grad_kl, *grad_expected;     /* backward */
+  const void *saved_noise, *saved_log_gamma;              /* backward, training */
+  const int64_t *indices;                                 /* backward */
+  void *weights, *kl, *expected_k, *noise, *log_gamma;    /* forward; the last two are written when training */
+  int64_t *out_indices;                                   /* forward */
+  void *grad_gate_logits, *grad_alpha_hi, *grad_alpha_lo; /* backward */
+  void *scratch;
+  uint64_t seed;
+  int is_double;
+} pm_dirmoe_job;
+
+typedef pm_status (*pm_dirmoe_kernel)(const pm_dirmoe_job *job);
+
 typedef struct pm_kernels {
   size_t (*scratch_size)(int64_t experts, int64_t k_max);
   pm_kernel log_partition; /* NULL in single precision, as are the next four */
@@ -64,6 +81,8 @@ typedef struct pm_kernels {
   pm_law_kernel dirichlet_entropy_backward;
   pm_law_kernel dirichlet_kl;
   pm_law_kernel dirichlet_kl_backward;
+  pm_dirmoe_kernel dirmoe;
+  pm_dirmoe_kernel dirmoe_backward;
 } pm_kernels;
 
 extern const pm_kernels pm_kernels_portable_f32, pm_kernels_portable_f64;

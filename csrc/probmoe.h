@@ -66,7 +66,8 @@ typedef enum pm_status {
   PM_BAD_SHAPE = 2,       /* rows < 0, experts < 1 or > PM_MAX_EXPERTS, stride < experts, or samples < 0 or too close */
   PM_BAD_CARDINALITY = 3, /* not 0 <= k_min <= k_max <= experts */
   PM_INFEASIBLE = 4,      /* a row has fewer than k_min unmasked experts (pm_infeasible_row_* finds it) */
-  PM_BAD_INDEX = 5        /* an index is outside 0 .. experts */
+  PM_BAD_INDEX = 5,       /* an index is outside 0 .. experts */
+  PM_BAD_OPTION = 6       /* a temperature or concentration is not positive and finite */
 } pm_status;
 
 /* One sentence, for people. Never NULL. */
@@ -248,6 +249,50 @@ pm_status pm_dirichlet_kl_backward_f32(const pm_shape *shape, const float *p_con
 pm_status pm_dirichlet_kl_backward_f64(const pm_shape *shape, const double *p_concentration,
                                        const double *q_concentration, const double *grad, double *grad_p,
                                        double *grad_q, void *scratch);
+
+/* ---- DirMoE routing ----------------------------------------------------------------------------------------- */
+
+typedef struct pm_dirmoe {
+  double temperature;         /* tau */
+  double concentration;       /* lambda_q, of the posterior */
+  double prior_concentration; /* lambda_p */
+  double prior_hi, prior_lo;  /* the prior's concentrations of open and closed gates */
+  int training;               /* draw, or decide */
+  int normalize;              /* training: divide the kept weights by their sum */
+} pm_dirmoe;
+
+/* DirMoE (arXiv 2602.09001), which experts and how much of each apart, for both types in double precision.
+ *   training   z = sigmoid((gate_logits + Logistic) / tau),  q = lambda_q (z alpha_hi + (1 - z) alpha_lo),
+ *              p = lambda_p (z prior_hi + (1 - z) prior_lo),  theta ~ Dir(q),  r = z theta / sum(z theta); the k_max
+ *              largest r are kept, by descending r, ties to the lower index.
+ *   otherwise  z marks the most probable subset (pm_subset_mode) and theta = q / sum(q); the weights are theta on the
+ *              subset, divided by their sum, by descending gate logit.
+ * gate_logits (-inf closes a gate), alpha_hi, alpha_lo (positive; dense) [T, E].
+ * weights, indices [T, k_max]; slots without an expert carry index E and weight 0.  kl = KL(Dir(q) || Dir(p)) and
+ * expected_k = sum z, both [T].  noise, log_gamma [T, E] are what the backward pass needs; written when training alone.
+ * A row with a NaN, a gate logit of +inf or a concentration that is not positive and finite has NaN results and indices
+ * 0, 1, 2, ...  PM_INFEASIBLE as for pm_subset_mode, when not training.  Cost O(E k_max) a row. */
+pm_status pm_route_dirmoe_f32(const pm_shape *shape, const pm_dirmoe *options, const float *gate_logits,
+                              const float *alpha_hi, const float *alpha_lo, uint64_t seed, float *weights,
+                              int64_t *indices, float *kl, float *expected_k, float *noise, float *log_gamma,
+                              void *scratch);
+pm_status pm_route_dirmoe_f64(const pm_shape *shape, const pm_dirmoe *options, const double *gate_logits,
+                              const double *alpha_hi, const double *alpha_lo, uint64_t seed, double *weights,
+                              int64_t *indices, double *kl, double *expected_k, double *noise, double *log_gamma,
+                              void *scratch);
+
+/* Its gradients from those of the weights [T, k_max], of kl and of expected_k [T]. Which experts were kept is a
+ * constant; when not training, so is z. theta is differentiated implicitly, by q. */
+pm_status pm_route_dirmoe_backward_f32(const pm_shape *shape, const pm_dirmoe *options, const float *gate_logits,
+                                       const float *alpha_hi, const float *alpha_lo, const int64_t *indices,
+                                       const float *noise, const float *log_gamma, const float *grad_weights,
+                                       const float *grad_kl, const float *grad_expected_k, float *grad_gate_logits,
+                                       float *grad_alpha_hi, float *grad_alpha_lo, void *scratch);
+pm_status pm_route_dirmoe_backward_f64(const pm_shape *shape, const pm_dirmoe *options, const double *gate_logits,
+                                       const double *alpha_hi, const double *alpha_lo, const int64_t *indices,
+                                       const double *noise, const double *log_gamma, const double *grad_weights,
+                                       const double *grad_kl, const double *grad_expected_k, double *grad_gate_logits,
+                                       double *grad_alpha_hi, double *grad_alpha_lo, void *scratch);
 
 #ifdef __cplusplus
 }

@@ -53,6 +53,10 @@ class OpSpec:
         grad_tolerance: float32 error allowed in gradients, in units of the largest cotangent times `grad_scale`.
         scale, grad_scale: ``[..., 1]`` float64 units of error for each row.
         raw_values: values of raw-op arguments that the shared names below do not provide.
+        banded: takes a k; otherwise it gets every exact band as a size alone.
+        elementwise: a bad input spoils its own element, not its row.
+        finite_differences: gradcheck applies. Not where a stop-gradient or a rejection step hides the derivative.
+        own_draws: draws differ between dtypes by the width of their uniforms, so that each dtype has its own reference.
         composite: made of other ops and of torch's: there is no raw op, and sums may depend on strides in the last bit.
     """
 
@@ -72,6 +76,10 @@ class OpSpec:
     scale: Callable[[Tensors, Band], Tensor] = _no_scale
     grad_scale: Callable[[Tensors, Band], Tensor] = _no_scale
     raw_values: dict[str, Any] = field(default_factory=dict)
+    banded: bool = True
+    elementwise: bool = False
+    finite_differences: bool = True
+    own_draws: bool = False
     composite: bool = False
 
     def __str__(self) -> str:
@@ -97,18 +105,22 @@ class OpSpec:
     def call(self, function: Function, tensors: Tensors, band: Band) -> Tensors:
         """Call the op or its reference, and return the outputs as a tuple."""
         k = band[0] if band[0] == band[1] else band
-        result = function(*tensors, k, **self.options)
+        result = function(*tensors, *([k] if self.banded else []), **self.options)
         return result if isinstance(result, tuple) else (result,)
 
     def raw_arguments(self, tensors: Tensors, band: Band) -> tuple[Any, ...]:
         """Arguments of the raw op, found by the names in its schema."""
-        named = {"logits": tensors[0], "k": band[0], "k_min": band[0], "k_max": band[1], "v": tensors[-1]}
+        named = {"k": band[0], "k_min": band[0], "k_max": band[1]}
+        given = iter(tensors)
+        named |= {
+            a.name: next(given) for a in self.raw._schema.arguments if str(a.type) == "Tensor" and a.name != "seed"
+        }
         named |= {"seed": torch.tensor(SEED)} | {n: v for n, v in self.options.items() if n != "seed"} | self.raw_values
         return tuple(named[argument.name] for argument in self.raw._schema.arguments)
 
     def allows(self, band: Band) -> bool:
         """Whether the op takes this band."""
-        return band[0] == band[1] or not self.exact_only
+        return band[0] == band[1] or not (self.exact_only or not self.banded)
 
 
 def floats_of(outputs: Tensors) -> list[Tensor]:
@@ -222,6 +234,9 @@ def check_reference(spec: OpSpec, num_rows: int, num_experts: int, band: Band) -
         what = f"{spec} {dtype} on {num_rows} rows each of {', '.join(spec.sets)}; E={num_experts}, band={band}"
         tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in exact)
         got = spec.call(spec.op, tensors, band)
+        if spec.own_draws:
+            want = spec.call(spec.reference, tensors, band)
+            true_gradients = gradients(spec, spec.reference, tensors, band)
         same = torch.ones(len(exact[0]), dtype=torch.bool)
         for a, b in zip(indices_of(got), indices_of(want), strict=True):
             same &= (a == b).all(-1)
@@ -242,8 +257,8 @@ def check_reference(spec: OpSpec, num_rows: int, num_experts: int, band: Band) -
 
 def check_gradcheck(spec: OpSpec, function: Function, num_experts: int, band: Band) -> None:
     """torch.autograd.gradcheck, and gradgradcheck where promised, by finite differences in float64."""
-    if not spec.differentiable or spec.options.get("backward") == "marginal":
-        return  # A stop-gradient's derivative is not that of the value: `check_enumeration` has the closed form.
+    if not spec.differentiable or not spec.finite_differences:
+        return
     logits = logit_sets(2, num_experts, band, torch.float64)["spread 1"]
     tensors = tuple(t.requires_grad_(i in spec.differentiable) for i, t in enumerate(spec.tensors(logits, band)))
 
@@ -344,17 +359,21 @@ def check_edges(spec: OpSpec, num_experts: int, band: Band) -> None:
     """NaN and +inf poison their own row only; indices stay in range; all else matches the float64 reference."""
     sets = logit_sets(4, num_experts, band, torch.float32)
     for bad in (torch.nan, torch.inf):
-        logits = sets["spread 1"].clone()
-        logits[1, num_experts // 2] = bad
         tensors = spec.tensors(sets["spread 1"], band)
-        spoilt = (logits, *tensors[1:])
+        first = tensors[0].clone()
+        first[1, num_experts // 2] = bad
+        spoilt = (first, *tensors[1:])
         got, clean = spec.call(spec.op, spoilt, band), spec.call(spec.op, tensors, band)
         for a, b in zip(got, clean, strict=True):
             kept = torch.tensor([0, 2, 3])
             assert_same((a[kept],), (b[kept],), f"{spec} beside a row with {bad}")
         for output in floats_of(got):
             indices = indices_of(got)
-            used = indices[0][1] < num_experts if indices else torch.ones_like(output[1], dtype=torch.bool)
+            used = torch.ones_like(output[1], dtype=torch.bool)
+            if indices and output.shape == indices[0].shape:
+                used = indices[0][1] < num_experts
+            if spec.elementwise:
+                used = torch.arange(num_experts) == num_experts // 2
             assert output[1][used].isnan().all(), f"{spec} with {bad}, band={band}: {output[1]}"
         for indices in indices_of(got):
             assert ((indices >= 0) & (indices <= num_experts)).all(), f"{spec} with {bad}: {indices}"

@@ -4,10 +4,11 @@
 
 All are Chebyshev interpolants, expanded into powers. The functions, with s = 1 / (1 + alpha) in (0, 1]:
 
-* alpha * d log g / d alpha at log g = log(1 + alpha) + delta, for delta from LOWEST to HIGHEST: smooth in (s, delta) down to
-  s = 0, where Temme's uniform expansion (SIAM J. Math. Anal. 13, 1982) has its first term, and up to s = 1, where it is
+* alpha * d log g / d alpha at log g = log(1 + alpha) + delta, delta from LOWEST to HIGHEST: smooth in (s, delta) down
+  to s = 0, where Temme's uniform expansion (SIAM J. Math. Anal. 13, 1982) has its first term, and up to s = 1, where it is
   that of the exponential integral. Values from `probmoe_ext.reference.log_gamma_grad`.
-* (log(1 + f) - f + f^2 / 2) / f^3 for 1 + f in [sqrt(1/2), sqrt(2)], and sin(2 pi sqrt(z)) / sqrt(z) for z in [0, 1/16].
+* (log(1 + f) - f + f^2 / 2) / f^3 for 1 + f in [sqrt(1/2), sqrt(2)], and sin(2 pi sqrt(z)) / sqrt(z) for z
+  in [0, 1/16].
 * psi(1 + alpha) - log(1 + alpha), and, with s = 1 / (2 + x) in (0, 1/2], the remainders of Stirling's series for
   log Gamma(2 + x), psi(2 + x) and psi'(2 + x). Values from mpmath.
 """

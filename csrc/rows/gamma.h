@@ -29,7 +29,7 @@ enum { SERIES_TERMS = 10, FRACTION_TERMS = 6 };
 #define PM_LARGEST ((real)0x1.fffffep127f)
 #define PM_LARGEST_LOG ((real)88)
 #else
-enum { SERIES_TERMS = 17, FRACTION_TERMS = 14 };
+enum { SERIES_TERMS = 17, FRACTION_TERMS = 18 };
 #define PM_LARGEST ((real)0x1.fffffffffffffp1023)
 #define PM_LARGEST_LOG ((real)709)
 #endif
@@ -263,8 +263,9 @@ PM_ALWAYS_INLINE vreal log_gamma_backward_at(vreal alpha, vreal log_g, vreal gra
 PM_ELEMENT_KERNEL(standard_gamma_grad)
 PM_ELEMENT_KERNEL(log_gamma_backward)
 
-/* The scratch of the family: five vectors an expert. */
-static size_t law_bytes(int64_t E) { return (size_t)(5 * E + 1) * sizeof(vreal); }
+/* The scratch of the family: at most LAW_VECTORS vectors an expert. */
+enum { LAW_VECTORS = 9 };
+static size_t law_bytes(int64_t E) { return (size_t)(LAW_VECTORS * E + 1) * sizeof(vreal); }
 
 PM_ALWAYS_INLINE vreal *aligned_vectors(void *scratch) {
   return (vreal *)(((uintptr_t)scratch + sizeof(vreal) - 1) & ~(uintptr_t)(sizeof(vreal) - 1));

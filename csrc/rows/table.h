@@ -1,5 +1,6 @@
 /* The kernels of one instruction set and precision, as the table PM_TABLE. */
 #include "dirichlet.h"
+#include "dirmoe.h"
 #include "route.h"
 
 const pm_kernels PM_TABLE = {
@@ -29,5 +30,7 @@ const pm_kernels PM_TABLE = {
     .dirichlet_entropy_backward = dirichlet_entropy_backward_rows,
     .dirichlet_kl = dirichlet_kl_rows,
     .dirichlet_kl_backward = dirichlet_kl_backward_rows,
+    .dirmoe = dirmoe_rows,
+    .dirmoe_backward = dirmoe_backward_rows,
 #endif
 };

@@ -15,23 +15,6 @@ void by_type(const Rows &rows, F32 f32, F64 f64, const Call &call) {
   });
 }
 
-template <class T>
-T *at(Tensor &tensor) {
-  return static_cast<T *>(tensor.mutable_data_ptr());
-}
-
-template <class T>
-const T *at(const Tensor &tensor) {
-  return static_cast<const T *>(tensor.const_data_ptr());
-}
-
-// A number for each row of `rows`, in its type of computation.
-Tensor per_row(const char *op, const char *name, const Rows &rows, const Tensor &tensor) {
-  if (tensor.numel() != rows.rows) fail("probmoe_ext::", op, ": ", name, " must have one element a row");
-  const ScalarType type = rows.is_double() ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
-}
-
 Tensor log_gamma_sample(Tensor concentration, Tensor seed) {
   const char *op = "log_gamma_sample";
   const Rows alpha(op, "concentration", concentration);
@@ -98,7 +81,7 @@ Tensor dirichlet_sample_backward(Tensor grad, Tensor concentration, Tensor sampl
   const Rows alpha(op, "concentration", concentration);
   const Tensor theta = companion(op, "sample", alpha, sample, alpha.columns);
   const Tensor upstream = companion(op, "grad", alpha, grad, alpha.columns);
-  const Tensor total = per_row(op, "log_total", alpha, log_total);
+  const Tensor total = scalars(op, "log_total", alpha, log_total);
   Tensor out = alpha.like(alpha.columns);
   by_type(alpha, pm_dirichlet_sample_backward_f32, pm_dirichlet_sample_backward_f64, [&](auto fn, auto type) {
     using T = decltype(type);
@@ -133,7 +116,7 @@ std::tuple<Tensor, Tensor> gradients(const char *op, const char *name, const Ten
                                      const Tensor &other, F32 f32, F64 f64) {
   const Rows alpha(op, "concentration", concentration);
   const Tensor second = companion(op, name, alpha, other, alpha.columns);
-  const Tensor upstream = per_row(op, "grad", alpha, grad);
+  const Tensor upstream = scalars(op, "grad", alpha, grad);
   Tensor out = alpha.like(alpha.columns), out_second = alpha.like(alpha.columns);
   by_type(alpha, f32, f64, [&](auto fn, auto type) {
     using T = decltype(type);
@@ -181,7 +164,7 @@ Tensor entropy(Tensor concentration) {
 Tensor entropy_backward(Tensor grad, Tensor concentration) {
   const char *op = "dirichlet_entropy_backward";
   const Rows alpha(op, "concentration", concentration);
-  const Tensor upstream = per_row(op, "grad", alpha, grad);
+  const Tensor upstream = scalars(op, "grad", alpha, grad);
   Tensor out = alpha.like(alpha.columns);
   by_type(alpha, pm_dirichlet_entropy_backward_f32, pm_dirichlet_entropy_backward_f64, [&](auto fn, auto type) {
     using T = decltype(type);

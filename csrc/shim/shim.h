@@ -109,6 +109,24 @@ inline Tensor companion(const char *op, const char *name, const Rows &rows, cons
   return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
 }
 
+// A number for each row, likewise.
+inline Tensor scalars(const char *op, const char *name, const Rows &rows, const Tensor &tensor) {
+  if (tensor.numel() != rows.rows) fail("probmoe_ext::", op, ": ", name, " must have one element a row");
+  const ScalarType type = rows.is_double() ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+// Elements of a dense tensor.
+template <class T>
+T *at(Tensor &tensor) {
+  return static_cast<T *>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+const T *at(const Tensor &tensor) {
+  return static_cast<const T *>(tensor.const_data_ptr());
+}
+
 inline uint64_t read_seed(const char *op, const std::optional<Tensor> &seed) {
   if (!seed || seed->scalar_type() != ScalarType::Long || seed->numel() != 1 || !seed->is_cpu())
     fail("probmoe_ext::", op, ": seed must be an int64 tensor of one element on the CPU");

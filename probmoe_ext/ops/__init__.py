@@ -8,6 +8,9 @@ Bernoulli law; results have the dtype of ``logits``. The raw operators are ``tor
 
 from __future__ import annotations
 
+from .dirichlet import dirichlet_entropy, dirichlet_kl, dirichlet_log_prob, dirichlet_sample
+from .dirmoe import route_dirmoe
+from .gamma import log_gamma_sample, standard_gamma_grad
 from .route import route_probmoe, route_top_k
 from .streams import sample_stream, set_sample_stream
 from .subset import (
@@ -23,10 +26,17 @@ from .subset import (
 from .subset_derived import subset_indicator, subset_kl, subset_pairwise
 
 __all__ = [
+    "dirichlet_entropy",
+    "dirichlet_kl",
+    "dirichlet_log_prob",
+    "dirichlet_sample",
+    "log_gamma_sample",
+    "route_dirmoe",
     "route_probmoe",
     "route_top_k",
     "sample_stream",
     "set_sample_stream",
+    "standard_gamma_grad",
     "subset_cardinality",
     "subset_covariance_vp",
     "subset_entropy",

@@ -28,18 +28,18 @@ def nothing_watches(tensor: Tensor) -> bool:
     )
 
 
-def check_logits(logits: Tensor) -> None:
+def check_logits(logits: Tensor, name: str = "logits") -> None:
     """Raises unless ``logits`` is a floating tensor ``[..., E]`` with E >= 1 on a device that has kernels."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a torch.Tensor, not {type(logits).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(logits).__name__}")
     if logits.dtype not in FLOAT_TYPES:
-        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, not {logits.dtype}")
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
-            f"logits must have shape [..., E] with E >= 1 experts in the last dimension, not {tuple(logits.shape)}"
+            f"{name} must have shape [..., E] with E >= 1 experts in the last dimension, not {tuple(logits.shape)}"
         )
     if not logits.is_cpu and logits.device.type not in DEVICES:
-        raise ValueError(f"logits must be on the CPU or a CUDA device, not on {logits.device}")
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, not on {logits.device}")
 
 
 def check_band(k: Cardinality, num_experts: int) -> tuple[int, int]:
@@ -81,16 +81,16 @@ def apply_mask(value: Tensor, mask: Tensor | None, name: str = "logits", fill: f
     return torch.where(mask, value, fill)
 
 
-def check_like(other: Tensor, logits: Tensor, name: str) -> None:
+def check_like(other: Tensor, logits: Tensor, name: str, like: str = "logits") -> None:
     """Raises unless ``other`` is a floating tensor with the shape and device of ``logits``."""
     if not isinstance(other, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(other).__name__}")
     if other.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {other.dtype}")
     if other.shape != logits.shape:
-        raise ValueError(f"{name} must have the shape of logits {tuple(logits.shape)}, not {tuple(other.shape)}")
+        raise ValueError(f"{name} must have the shape of {like} {tuple(logits.shape)}, not {tuple(other.shape)}")
     if other.device != logits.device:
-        raise ValueError(f"{name} is on {other.device} and logits on {logits.device}, but must be together")
+        raise ValueError(f"{name} is on {other.device} and {like} on {logits.device}, but must be together")
 
 
 def check_indices(indices: Tensor, logits: Tensor, k_max: int) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
+from ..reference import dirmoe
+from ..reference.gamma import with_implicit_gradient
 from .subset import k_hot
 
 COMPILED = (
@@ -74,6 +76,90 @@ def _banded(function: Callable[..., Any]) -> Callable[..., Any]:
     return op
 
 
+def _vjp(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference function of tensors as its gradient operator ``(grad, *tensors)``."""
+
+    def op(grad: Tensor, *tensors: Tensor) -> Any:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            grads = torch.autograd.grad(function(*leaves), leaves, grad)
+        return grads if len(grads) > 1 else grads[0]
+
+    return op
+
+
+def dirichlet_sample(concentration: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares and the logarithm of the variates' sum."""
+    with torch.no_grad():
+        wide = concentration if concentration.dtype == torch.float64 else concentration.float()
+        log_g = reference.log_gamma_sample(wide, seed)
+        shares, total = torch.softmax(log_g, -1), torch.logsumexp(log_g, -1)
+    return shares.to(concentration.dtype), total.to(concentration.dtype)
+
+
+def dirichlet_sample_backward(grad: Tensor, concentration: Tensor, sample: Tensor, log_total: Tensor) -> Tensor:
+    """``D_j theta_j (h_j - h.theta)``; a share of 0 has gradient 0."""
+    theta, h = sample.double(), grad.double()
+    slope = reference.log_gamma_grad(concentration.double(), torch.log(theta) + log_total.double().unsqueeze(-1))
+    centred = theta * (h - (h * theta).sum(-1, keepdim=True))
+    return torch.where(theta == 0, 0, slope * centred).to(concentration.dtype)
+
+
+def route_dirmoe(logits: Tensor, hi: Tensor, lo: Tensor, seed: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """The outputs, and the noise and draws that the gradient needs."""
+    k_min, k_max, temperature, concentration, *prior, training, normalize = rest
+    numbers: dict[str, Any] = {"temperature": temperature, "concentration": concentration, "prior": prior}
+    state = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    noise = logits.new_empty((*logits.shape[:-1], 0), dtype=torch.float64)
+    log_gamma = noise
+    with torch.no_grad():
+        outputs = reference.route_dirmoe(
+            logits, hi, lo, (k_min, k_max), **numbers, training=training, normalize=normalize, seed=seed
+        )
+        if training:
+            assert seed is not None
+            flat = logits.reshape(-1, logits.shape[-1]).shape
+            noise = dirmoe.logistic(int(seed), flat, logits.device).reshape(logits.shape)
+            z, _ = dirmoe.relaxed_gates(logits.double(), noise, temperature)
+            q, _ = dirmoe.concentrations(z, hi.double(), lo.double(), concentration, prior)
+            log_gamma = reference.log_gamma_sample(q, seed)
+    return *outputs, noise.to(state), log_gamma.to(state)
+
+
+def route_dirmoe_backward(
+    grad_weights: Tensor,
+    grad_kl: Tensor,
+    grad_expected_k: Tensor,
+    logits: Tensor,
+    hi: Tensor,
+    lo: Tensor,
+    indices: Tensor,
+    noise: Tensor,
+    log_gamma: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Autograd through the reference's expressions, from the draws that were kept."""
+    _, _, temperature, concentration, *prior, training, normalize = rest
+    with torch.enable_grad():
+        leaves = [t.detach().double().requires_grad_() for t in (logits, hi, lo)]
+        ell, alpha_hi, alpha_lo = leaves
+        if training:
+            z, log_z = dirmoe.relaxed_gates(ell, noise.double(), temperature)
+            q, p = dirmoe.concentrations(z, alpha_hi, alpha_lo, concentration, prior)
+            scores = log_z + with_implicit_gradient(q, log_gamma.double())
+            weights = dirmoe.slot_weights(scores, indices, normalize)
+        else:
+            z = k_hot(indices, logits.shape[-1], torch.float64) + 0 * ell.masked_fill(ell == -torch.inf, 0)
+            q, p = dirmoe.concentrations(z, alpha_hi, alpha_lo, concentration, prior)
+            weights = dirmoe.decided_weights(q, indices)
+        outputs = [weights, reference.dirichlet_kl(q, p), z.sum(-1)]
+        if not training:
+            outputs.pop()
+        upstream = [g.double() for g in (grad_weights, grad_kl, grad_expected_k)][: len(outputs)]
+        grads = torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
+    return tuple(g.to(logits.dtype) for g in grads)
+
+
 FALLBACKS: dict[str, Callable[..., Any]] = {
     **{
         f"subset_{name}": _banded(getattr(reference, f"subset_{name}"))
@@ -87,6 +173,18 @@ FALLBACKS: dict[str, Callable[..., Any]] = {
     ),
     "route_probmoe": route_probmoe,
     "route_probmoe_backward": route_probmoe_backward,
+    "log_gamma_sample": reference.log_gamma_sample,
+    "log_gamma_sample_backward": lambda grad, c, log_value: grad * reference.log_gamma_grad(c, log_value),
+    "standard_gamma_grad": reference.standard_gamma_grad,
+    "dirichlet_sample": dirichlet_sample,
+    "dirichlet_sample_backward": dirichlet_sample_backward,
+    **{f"dirichlet_{name}": getattr(reference, f"dirichlet_{name}") for name in ("log_prob", "entropy", "kl")},
+    **{
+        f"dirichlet_{name}_backward": _vjp(getattr(reference, f"dirichlet_{name}"))
+        for name in ("log_prob", "entropy", "kl")
+    },
+    "route_dirmoe": route_dirmoe,
+    "route_dirmoe_backward": route_dirmoe_backward,
 }
 """By raw operator, with its arguments."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from probmoe_ext.reference.dirichlet import dirichlet_kl
 from probmoe_ext.reference.gamma import element_words, exponential, log_gamma_sample
 from probmoe_ext.reference.subset import subset_indicator, subset_mode
-from probmoe_ext.reference.tilt import check_band, poison
+from probmoe_ext.reference.tilt import check_band
 
 LOGISTIC_DRAWS = 18
 LARGEST = 1e30
@@ -25,6 +27,48 @@ def logistic(seed: int, shape: torch.Size, device: torch.device) -> Tensor:
     return exponential(high[1], low[1]) - exponential(high[0], low[0])
 
 
+def relaxed_gates(ell: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``z = sigmoid((ell + noise) / temperature)`` and its logarithm; 0 and -inf where ell is -inf."""
+    masked = ell == -torch.inf
+    y = ((torch.where(masked, 0, ell) + noise) / temperature).clamp(-LARGEST, LARGEST)
+    return torch.where(masked, 0, torch.sigmoid(y)), torch.where(masked, -torch.inf, F.logsigmoid(y))
+
+
+def concentrations(
+    z: Tensor, alpha_hi: Tensor, alpha_lo: Tensor, concentration: float, prior: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The posterior's and the prior's concentrations, given the gates."""
+    posterior = concentration * (z * alpha_hi + (1 - z) * alpha_lo)
+    return posterior, prior[0] * (z * prior[1] + (1 - z) * prior[2])
+
+
+def largest_scores(scores: Tensor, k_max: int) -> Tensor:
+    """Indices of the k_max largest ``log z + log g``, ties to the lower index; E where a score is -inf."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k_max]
+    return torch.where(scores.gather(-1, order) == -torch.inf, scores.shape[-1], order)
+
+
+def slot_weights(scores: Tensor, indices: Tensor, normalize: bool) -> Tensor:
+    """``softmax(scores)`` at the indices (0 at index E), by differences of logarithms: z theta itself may underflow.
+
+    With `normalize` the softmax is over these slots, otherwise over all experts.
+    """
+    unused = indices == scores.shape[-1]
+    nothing = unused.all(-1, keepdim=True)
+    kept = torch.where(unused, -torch.inf, scores.gather(-1, indices.masked_fill(unused, 0)))
+    whole = torch.where(nothing, 0, kept if normalize else scores)
+    weights = torch.exp(torch.where(unused, -torch.inf, kept) - torch.logsumexp(whole, dim=-1, keepdim=True))
+    return torch.where(unused, 0, weights)
+
+
+def decided_weights(posterior: Tensor, indices: Tensor) -> Tensor:
+    """The posterior mean's shares at the indices (0 at index E), divided by their sum."""
+    used = indices < posterior.shape[-1]
+    share = posterior.gather(-1, indices.masked_fill(~used, 0)) * used
+    total = share.sum(-1, keepdim=True)
+    return share / torch.where(used.any(-1, keepdim=True), total, 1)
+
+
 def route_dirmoe(
     gate_logits: Tensor,
     alpha_hi: Tensor,
@@ -33,7 +77,7 @@ def route_dirmoe(
     *,
     temperature: float,
     concentration: float,
-    prior: tuple[float, float, float],
+    prior: Sequence[float],
     training: bool,
     normalize: bool = True,
     seed: int | Tensor | None = None,
@@ -47,16 +91,16 @@ def route_dirmoe(
         p = prior[0] * (z * prior[1] + (1 - z) * prior[2])              prior
         theta ~ Dir(q);  r = z * theta / sum(z * theta)
 
-    and the k_max largest r are kept, divided by their sum unless ``normalize=False``. Gradients flow through the kept r,
-    the normaliser, theta (implicitly, by q), z and both concentrations; which experts are kept is a constant.
+    and the k_max largest r are kept, divided by their sum unless ``normalize=False``. Gradients flow through the
+    kept r, the normaliser, theta (implicitly, by q), z and both concentrations; which experts are kept is a constant.
 
     Inference: z is 1 for the experts with a positive gate logit, their number clamped to the band along the descending
-    order (`subset_mode`), and constant; theta is its posterior mean ``q / sum(q)``; the weights are theta on the chosen,
-    divided by their sum (so that ``normalize`` makes no difference).
+    order (`subset_mode`), and constant; theta is its posterior mean ``q / sum(q)``; the weights are theta on the
+    chosen, divided by their sum (so that ``normalize`` makes no difference).
 
     Args:
         gate_logits: ``[..., E]``; -inf closes a gate.
-        alpha_hi: concentration of open gates, broadcastable to the gate logits (``[..., E]`` or ``[..., 1]``), positive.
+        alpha_hi: that of open gates, positive, broadcastable to the gate logits (``[..., E]`` or ``[..., 1]``).
         alpha_lo: that of closed gates, likewise; the paper has ``alpha_hi > alpha_lo``, which is not required.
         k: the number of slots k_max, or the band ``(k_min, k_max)``, of which k_min matters at inference alone.
         temperature: tau > 0.
@@ -67,46 +111,27 @@ def route_dirmoe(
         seed: an int or a scalar int64 tensor; None takes one from torch's default generator. Read when training.
 
     Returns:
-        weights ``[..., k_max]`` in the gate logits' dtype; int64 indices ``[..., k_max]``, by descending r (inference: by
-        descending gate logit; ties go to the lower index); ``KL(Dir(q) || Dir(p))`` ``[...]``; and the expected number of
-        active experts ``sum(z)`` ``[...]``. Slots without an expert (fewer than k_max gates above -inf, or at inference
-        fewer chosen) hold index E and weight 0.
+        weights ``[..., k_max]`` in the gate logits' dtype; int64 indices ``[..., k_max]``, by descending r
+        (inference: by descending gate logit; ties go to the lower index); ``KL(Dir(q) || Dir(p))`` ``[...]``; and the
+        expected number of active experts ``sum(z)`` ``[...]``. Slots without an expert (fewer than k_max gates above
+        -inf, or at inference fewer chosen) hold index E and weight 0.
     """
-    num_experts = gate_logits.shape[-1]
-    k_min, k_max = check_band(k, num_experts)
+    k_min, k_max = check_band(k, gate_logits.shape[-1])
     dtype, shape = gate_logits.dtype, gate_logits.shape
-    ell = poison(gate_logits.double())
-    hi, lo = (alpha.double().expand(shape) for alpha in (alpha_hi, alpha_lo))
-    masked = ell == -torch.inf
+    ell, hi, lo = (t.double().expand(shape) for t in (gate_logits, alpha_hi, alpha_lo))
+    good = (ell < torch.inf) & (hi > 0) & (hi < torch.inf) & (lo > 0) & (lo < torch.inf)
+    ell = torch.where(good.all(-1, keepdim=True), ell, torch.nan)
     if training:
         key = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)) if seed is None else int(seed)
-        noise = logistic(key, torch.Size((ell.numel() // num_experts, num_experts)), ell.device).reshape(shape)
-        y = ((torch.where(masked, 0, ell) + noise) / temperature).clamp(-LARGEST, LARGEST)
-        z = torch.where(masked, 0, torch.sigmoid(y))
-        log_z = torch.where(masked, -torch.inf, F.logsigmoid(y))
-    else:
-        z = subset_indicator(subset_mode(gate_logits.detach(), (k_min, k_max)), num_experts, torch.float64)
-    q = concentration * (z * hi + (1 - z) * lo)
-    p = prior[0] * (z * prior[1] + (1 - z) * prior[2])
-    kl = torch.where(ell.isnan().any(-1), torch.nan, dirichlet_kl(q, p))
-    if training:
-        logs = log_z + log_gamma_sample(q, key)
-        logs = torch.where(logs.isnan().any(-1, keepdim=True), torch.nan, logs)
-        r = torch.softmax(torch.where(masked.all(-1, keepdim=True), 0, logs), dim=-1)
-        order = torch.sort(logs.detach(), dim=-1, descending=True, stable=True).indices[..., :k_max]
-        unused = masked.gather(-1, order)
-        kept = r.gather(-1, order)
-        if normalize:
-            # The same quotient, by differences of logarithms: r itself may underflow.
-            chosen = torch.where(unused, -torch.inf, logs.gather(-1, order))
-            safe = torch.where(unused.all(-1, keepdim=True), 0, chosen)
-            kept = torch.softmax(safe, dim=-1)
-        weights = torch.where(unused, 0, kept)
-        indices = torch.where(unused, num_experts, order)
+        noise = logistic(key, ell.reshape(-1, shape[-1]).shape, ell.device).reshape(shape)
+        z, log_z = relaxed_gates(ell, noise, temperature)
+        q, p = concentrations(z, hi, lo, concentration, prior)
+        scores = log_z + log_gamma_sample(q, key)
+        indices = largest_scores(scores.detach(), k_max)
+        weights = slot_weights(scores, indices, normalize)
     else:
         indices = subset_mode(gate_logits.detach(), (k_min, k_max))
-        used = indices < num_experts
-        theta = q.gather(-1, indices.clamp(max=num_experts - 1)) * used
-        total = theta.sum(-1, keepdim=True)
-        weights = theta / torch.where(total > 0, total, 1)
-    return weights.to(dtype), indices, kl.to(dtype), z.sum(-1).to(dtype)
+        z = subset_indicator(indices, shape[-1], torch.float64).masked_fill(ell.isnan(), torch.nan)
+        q, p = concentrations(z, hi, lo, concentration, prior)
+        weights = decided_weights(q, indices)
+    return weights.to(dtype), indices, dirichlet_kl(q, p).to(dtype), z.sum(-1).to(dtype)

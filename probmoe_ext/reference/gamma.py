@@ -37,8 +37,8 @@ def element_words(seed: int, shape: torch.Size, attempt: int, purpose: int, devi
 def exponential(high: Tensor, low: Tensor | None) -> Tensor:
     """``-log U``, with neither end of (0, 1) cut short.
 
-    Without `low`, float32: ``U = (n + 1/2) / 2**31`` for the leading 31 bits n of the word; near 1 the logarithm is that
-    of the complement, which is as fine. With `low`, float64: ``U = (n + 1/2) / 2**52`` for 52 bits.
+    Without `low`, float32: ``U = (n + 1/2) / 2**31`` for the leading 31 bits n of the word; near 1 the
+    logarithm is that of the complement, which is as fine. With `low`, float64: ``U = (n + 1/2) / 2**52`` for 52 bits.
     """
     if low is not None:
         return -torch.log((((high << 20) | (low >> 12)).double() + 0.5) * 2.0**-52)
@@ -48,7 +48,7 @@ def exponential(high: Tensor, low: Tensor | None) -> Tensor:
 
 
 def normal(radius: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
-    """``sqrt(2 radius) cos(2 pi V)``: Box and Muller (1958), the radius an exponential variate, V from 32 or 52 bits."""
+    """``sqrt(2 radius) cos(2 pi V)`` (Box and Muller 1958), radius an exponential variate, V from 32 or 52 bits."""
     if low is not None:
         centred = ((high << 20) | (low >> 12)).double() * 2.0**-52 - 0.5
     else:
@@ -57,7 +57,7 @@ def normal(radius: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
 
 
 def _draw(alpha: Tensor, seed: int) -> Tensor:
-    """log Gamma(alpha, 1) draws ``[rows, columns]``, without derivative."""
+    """Logarithms of Gamma(alpha, 1) draws ``[rows, columns]``, without derivative."""
     boosted = alpha < 1
     d = torch.where(boosted, alpha + 1, alpha) - 1 / 3
     c = 1 / torch.sqrt(9 * d)
@@ -85,7 +85,7 @@ def _draw(alpha: Tensor, seed: int) -> Tensor:
 
 
 def _series(alpha: Tensor, log_x: Tensor, x: Tensor) -> Tensor:
-    """``-(S (log x - psi(alpha + 1)) + S') / alpha``, S the series of P(alpha, x) / (x^alpha e^-x / Gamma(alpha + 1))."""
+    """``-(S (log x - psi(alpha + 1)) + S') / alpha``, S the series of P(alpha, x) / (x^alpha e^-x / Gamma)."""
     term, harmonic = torch.ones_like(x), torch.zeros_like(x)
     total, slope = torch.ones_like(x), torch.zeros_like(x)
     for n in range(1, 80 + int(12 * float(alpha.amax()) ** 0.5)):
@@ -96,7 +96,7 @@ def _series(alpha: Tensor, log_x: Tensor, x: Tensor) -> Tensor:
 
 
 def _fraction(alpha: Tensor, log_x: Tensor, x: Tensor) -> Tensor:
-    """``h (log x - psi(alpha)) + dh/dalpha``, h Legendre's continued fraction of Q(alpha, x) / (x^alpha e^-x / Gamma)."""
+    """``h (log x - psi(alpha)) + dh/dalpha``, h the fraction of Q(alpha, x) / (x^alpha e^-x / Gamma)."""
     last = 200 + int(15 * float(alpha.amax()) ** 0.5)
     h, slope = 1 / (x + 2 * last + 1 - alpha), torch.zeros_like(x)
     for n in range(last, 0, -1):
@@ -123,12 +123,11 @@ def log_gamma_grad(concentration: Tensor, log_value: Tensor) -> Tensor:
     return torch.where(usable, result, nothing).to(log_value.dtype)
 
 
-class _LogGammaSample(torch.autograd.Function):
+class _Implicit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, seed: int) -> Tensor:
-        drawn = _draw(alpha, seed)
+    def forward(ctx: Any, alpha: Tensor, drawn: Tensor) -> Tensor:
         ctx.save_for_backward(alpha, drawn)
-        return drawn
+        return drawn.clone()
 
     @staticmethod
     @once_differentiable
@@ -136,11 +135,16 @@ class _LogGammaSample(torch.autograd.Function):
         return grad * log_gamma_grad(*ctx.saved_tensors), None
 
 
+def with_implicit_gradient(concentration: Tensor, log_value: Tensor) -> Tensor:
+    """A draw of log g that was made before, with its implicit derivative by the concentration."""
+    return _Implicit.apply(concentration, log_value)
+
+
 def log_gamma_sample(concentration: Tensor, seed: int | Tensor | None = None) -> Tensor:
     """The logarithm of a Gamma(alpha, 1) draw, with its implicit derivative by alpha; ``[..., E]``.
 
-    For ``alpha < 1`` a draw for ``alpha + 1`` is multiplied by ``U**(1/alpha)``, which in log space cannot underflow. An
-    element's attempt t reads the four words of the counter ``(65536 t + column, row, purpose 16)`` (in float64 also
+    For ``alpha < 1`` a draw for ``alpha + 1`` is multiplied by ``U**(1/alpha)``, which in log space cannot underflow.
+    An element's attempt t reads the four words of the counter ``(65536 t + column, row, purpose 16)`` (in float64 also
     those of purpose 17, the low halves): radius and angle of the normal variate, acceptance, and at the first attempt
     the boost.
 
@@ -152,7 +156,8 @@ def log_gamma_sample(concentration: Tensor, seed: int | Tensor | None = None) ->
     alpha = compute_dtype(concentration)
     key = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)) if seed is None else int(seed)
     rows = alpha.reshape(-1, alpha.shape[-1])
-    return _LogGammaSample.apply(rows, key).reshape(alpha.shape).to(concentration.dtype)
+    drawn = with_implicit_gradient(rows, _draw(rows.detach(), key))
+    return drawn.reshape(alpha.shape).to(concentration.dtype)
 
 
 def standard_gamma_grad(concentration: Tensor, value: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def probmoe_spec(forward: str | None, backward: str, normalize: bool) -> OpSpec:
         oracle=lambda t, band: oracle.routed(t[0], chosen(t, band), band, normalize, through_marginals),
         oracle_indices=chosen,
         grad_scale=by_total,
+        # The derivative is not that of the value: `check_enumeration` has the closed form.
+        finite_differences=not through_marginals,
         raw_values={"sample": forward == "sample", "marginal": through_marginals},
     )
 
