@@ -237,4 +237,96 @@ _ALL = (
     ),
 )
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
+
+def _law(name: str, function: Callable[..., Tensor], peer: Callable[..., Tensor], peer_name: str) -> Benchmark:
+    """A function of concentrations exp(logits)."""
+
+    def make(function: Callable[..., Tensor]) -> Make:
+        def bound(logits: Tensor, k: int) -> Run:
+            alpha = logits.exp()
+            return lambda: function(alpha)
+
+        return bound
+
+    return Benchmark(name, make(function), make(peer), peer_name)
+
+
+def _law_backward(name: str, function: Callable[..., Tensor], peer: Callable[..., Tensor], peer_name: str) -> Benchmark:
+    return Benchmark(
+        name,
+        lambda logits, k: _backward(function)(logits.exp()),
+        lambda logits, k: _backward(peer)(logits.exp()),
+        peer_name,
+    )
+
+
+def _law_pair(name: str, peer: Callable[[Tensor, Tensor], Tensor], peer_name: str, value: bool) -> Benchmark:
+    """A function of concentrations, and of a point of the simplex or other concentrations."""
+
+    def make(function: Callable[[Tensor, Tensor], Tensor]) -> Make:
+        def bound(logits: Tensor, k: int) -> Run:
+            other = torch.softmax(logits.flip(-1), -1) if value else logits.flip(-1).exp()
+            alpha = logits.exp()
+            return lambda: function(alpha, other)
+
+        return bound
+
+    return Benchmark(name, make(getattr(ops, name)), make(peer), peer_name)
+
+
+def _torch_dirichlet(alpha: Tensor) -> Tensor:
+    return torch.distributions.Dirichlet(alpha, validate_args=False).rsample()
+
+
+def _dirmoe(function: Callable[..., object]) -> Make:
+    def bound(logits: Tensor, k: int) -> Run:
+        hi, lo = torch.full_like(logits[:, :1], 2.0), torch.full_like(logits[:, :1], 0.1)
+        numbers = {"temperature": 0.5, "concentration": 1.0, "prior": (1.0, 2.0, 0.1)}
+        return lambda: function(logits, hi, lo, k, training=True, seed=1, **numbers)
+
+    return bound
+
+
+_LAWS = (
+    _law(
+        "log_gamma_sample",
+        ops.log_gamma_sample,
+        lambda alpha: torch._standard_gamma(alpha).log(),
+        "torch._standard_gamma, log",
+    ),
+    Benchmark(
+        "standard_gamma_grad",
+        lambda logits, k: (lambda alpha, g: lambda: ops.standard_gamma_grad(alpha, g))(
+            logits.exp(), torch._standard_gamma(logits.exp())
+        ),
+        lambda logits, k: (lambda alpha, g: lambda: torch._standard_gamma_grad(alpha, g))(
+            logits.exp(), torch._standard_gamma(logits.exp())
+        ),
+        "torch._standard_gamma_grad",
+    ),
+    _law("dirichlet_sample", ops.dirichlet_sample, torch._sample_dirichlet, "torch._sample_dirichlet"),
+    _law_backward("dirichlet_sample_backward", ops.dirichlet_sample, _torch_dirichlet, "torch Dirichlet.rsample"),
+    _law_pair(
+        "dirichlet_log_prob",
+        lambda alpha, theta: torch.distributions.Dirichlet(alpha, validate_args=False).log_prob(theta),
+        "torch Dirichlet.log_prob",
+        value=True,
+    ),
+    _law(
+        "dirichlet_entropy",
+        ops.dirichlet_entropy,
+        lambda alpha: torch.distributions.Dirichlet(alpha, validate_args=False).entropy(),
+        "torch Dirichlet.entropy",
+    ),
+    _law_pair(
+        "dirichlet_kl",
+        lambda p, q: torch.distributions.kl_divergence(
+            torch.distributions.Dirichlet(p, validate_args=False), torch.distributions.Dirichlet(q, validate_args=False)
+        ),
+        "torch kl_divergence",
+        value=False,
+    ),
+    Benchmark("route_dirmoe", _dirmoe(ops.route_dirmoe), _dirmoe(reference.route_dirmoe), "plain torch"),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (*_ALL, *_LAWS)}

@@ -88,6 +88,10 @@ def _like_rows(*tensors: Tensor) -> Tensor:
     return tensors[0].new_empty(tensors[0].shape[:-1])
 
 
+def _like_both(grad: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    return first.new_empty(first.shape), first.new_empty(first.shape)
+
+
 def _log_prob_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     by_concentration, by_value = _log_prob_vjp(grad, *ctx.saved_tensors)
     return by_concentration, by_value
@@ -106,7 +110,7 @@ def _kl_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 _log_prob = register("dirichlet_log_prob", _like_rows, _log_prob_backward, _save_all)
 _log_prob_vjp = register(
     "dirichlet_log_prob_backward",
-    lambda grad, concentration, value: (concentration.new_empty(concentration.shape),) * 2,
+    _like_both,
     _second_derivative(reference.dirichlet_log_prob),
     _save_all,
 )
@@ -120,7 +124,7 @@ _entropy_vjp = register(
 _kl = register("dirichlet_kl", _like_rows, _kl_backward, _save_all)
 _kl_vjp = register(
     "dirichlet_kl_backward",
-    lambda grad, p, q: (p.new_empty(p.shape), p.new_empty(p.shape)),
+    _like_both,
     _second_derivative(reference.dirichlet_kl),
     _save_all,
 )

@@ -117,8 +117,8 @@ def route_dirmoe(
     Returns:
         ``(weights, indices, kl, expected_k)``: weights ``[..., k_max]`` and int64 indices ``[..., k_max]`` by
         descending r (inference: by descending gate logit), ties to the lower index, slots without an expert at index E
-        and weight 0; ``KL(Dir(q) || Dir(p))`` and ``sum(z)`` of each token, ``[...]``. All but the indices in the dtype of
-        ``gate_logits``, and once differentiable.
+        and weight 0; ``KL(Dir(q) || Dir(p))`` and ``sum(z)`` of each token, ``[...]``. All but the indices in the dtype
+        of ``gate_logits``, and once differentiable.
 
     Raises:
         TypeError: A tensor is not floating, ``k`` no int or pair of ints, a parameter no number, ``seed`` no int64.

@@ -131,7 +131,7 @@ def route_dirmoe(
         weights = slot_weights(scores, indices, normalize)
     else:
         indices = subset_mode(gate_logits.detach(), (k_min, k_max))
-        z = subset_indicator(indices, shape[-1], torch.float64).masked_fill(ell.isnan(), torch.nan)
+        z = subset_indicator(indices, shape[-1], torch.float64) + 0 * ell.masked_fill(ell == -torch.inf, 0)
         q, p = concentrations(z, hi, lo, concentration, prior)
         weights = decided_weights(q, indices)
     return weights.to(dtype), indices, dirichlet_kl(q, p).to(dtype), z.sum(-1).to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -42,11 +44,49 @@ def _arguments(name: str, dtype: torch.dtype) -> list[tuple[object, ...]]:
     return calls
 
 
+def _law_arguments(name: str, dtype: torch.dtype) -> list[tuple[object, ...]]:
+    generator = torch.Generator().manual_seed(8)
+    logits, first, second, grad = (torch.randn(17, 24, generator=generator, dtype=torch.float64) for _ in range(4))
+    alpha, beta, grad = first.exp().to(dtype), second.exp().to(dtype), grad.to(dtype)
+    seed, per_row, value = torch.tensor(11), grad[:, 0], torch.softmax(second, -1).to(dtype)
+    sample, log_total = RAW.dirichlet_sample(alpha, seed)
+    if name.startswith("route_dirmoe"):
+        logits[0, :10] = -torch.inf
+        calls: list[tuple[object, ...]] = []
+        for training, normalize, (k_min, k_max) in product((False, True), (False, True), ((4, 4), (2, 6))):
+            heads, numbers = (
+                (logits.to(dtype), alpha, beta),
+                (k_min, k_max, 0.5, 2.0, 1.5, 2.0, 0.25, training, normalize),
+            )
+            if name == "route_dirmoe":
+                calls.append((*heads, seed, *numbers))
+            else:
+                _, indices, _, _, noise, log_gamma = RAW.route_dirmoe(*heads, seed, *numbers)
+                calls.append((grad[:, :k_max], per_row, per_row, *heads, indices, noise, log_gamma, *numbers))
+        return calls
+    return [
+        {
+            "log_gamma_sample": (alpha, seed),
+            "log_gamma_sample_backward": (grad, alpha, second.to(dtype)),
+            "standard_gamma_grad": (alpha, beta),
+            "dirichlet_sample": (alpha, seed),
+            "dirichlet_sample_backward": (grad, alpha, sample, log_total),
+            "dirichlet_log_prob": (alpha, value),
+            "dirichlet_log_prob_backward": (per_row, alpha, value),
+            "dirichlet_entropy": (alpha,),
+            "dirichlet_entropy_backward": (per_row, alpha),
+            "dirichlet_kl": (alpha, beta),
+            "dirichlet_kl_backward": (per_row, alpha, beta),
+        }[name]
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_equals_the_kernel(name: str, dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 3e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
-    for arguments in _arguments(name, dtype):
+    of_laws = name.partition("_")[0] in ("log", "standard", "dirichlet") or name.startswith("route_dirmoe")
+    for arguments in (_law_arguments if of_laws else _arguments)(name, dtype):
         ours, kernel = FALLBACKS[name](*arguments), getattr(RAW, name)(*arguments)
         for mine, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in (ours, kernel)), strict=True):
             assert mine.dtype == theirs.dtype
