@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .conditional_bernoulli import ConditionalBernoulli
 from .constraints import KHot
+from .dirichlet import Dirichlet
 
-__all__ = ["ConditionalBernoulli", "KHot"]
+__all__ = ["ConditionalBernoulli", "Dirichlet", "KHot"]
