@@ -64,7 +64,7 @@ static pm_status dirichlet_sample_rows(const pm_law_job *job) {
     }
     const vreal scale = select_(poison, splat((real)NAN), 1 / sum);
     for (int64_t i = 0; i < E; ++i) log_g[i] *= scale;
-    store_rows(log_g, ~(vmask){0}, row, rows, E, job->out, job->is_double);
+    store_rows(log_g, rows_mask(rows), row, E, job->out, job->is_double);
     store_scalars(job->out_other, job->is_double, row, rows,
                   select_(poison, splat((real)NAN), largest + log_(select_(poison, splat(1), sum))));
   }
@@ -89,7 +89,7 @@ static pm_status dirichlet_sample_backward_rows(const pm_law_job *job) {
       const vreal grad = log_gamma_slope(k.a[i], log_g) * (k.b[i] * (k.c[i] - mean));
       k.c[i] = select_(positive | lost, grad, splat(0));
     }
-    store_rows(k.c, ~(vmask){0}, row, rows, E, job->out, job->is_double);
+    store_rows(k.c, rows_mask(rows), row, E, job->out, job->is_double);
   }
   return PM_OK;
 }
@@ -152,8 +152,8 @@ static pm_status dirichlet_log_prob_backward_rows(const pm_law_job *job) {
       k.c[i] = grad * (whole - gamma_at(k.a[i]).digamma + log_of_value(k.b[i]));
       k.d[i] = select_((vmask)(k.a[i] == 1) & proper, splat(0), grad * ((k.a[i] - 1) / k.b[i]));
     }
-    store_rows(k.c, ~(vmask){0}, row, rows, E, job->out, job->is_double);
-    store_rows(k.d, ~(vmask){0}, row, rows, E, job->out_other, job->is_double);
+    store_rows(k.c, rows_mask(rows), row, E, job->out, job->is_double);
+    store_rows(k.d, rows_mask(rows), row, E, job->out_other, job->is_double);
   }
   return PM_OK;
 }
@@ -187,7 +187,7 @@ static pm_status dirichlet_entropy_backward_rows(const pm_law_job *job) {
     const vreal grad = select_(proper, load_scalars(&k.grad, row, rows), splat(NAN)), sum = row_sum(k.a, E);
     const vreal shared = (sum - (real)E) * gamma_at(sum).trigamma;
     for (int64_t i = 0; i < E; ++i) k.c[i] = grad * fma_(1 - k.a[i], gamma_at(k.a[i]).trigamma, shared);
-    store_rows(k.c, ~(vmask){0}, row, rows, E, job->out, job->is_double);
+    store_rows(k.c, rows_mask(rows), row, E, job->out, job->is_double);
   }
   return PM_OK;
 }
@@ -235,8 +235,8 @@ static pm_status dirichlet_kl_backward_rows(const pm_law_job *job) {
     const vreal grad = select_(proper, load_scalars(&k.grad, row, rows), splat(NAN));
     divergence(k.a, k.b, E, 1);
     for (int64_t i = 0; i < E; ++i) k.a[i] *= grad, k.b[i] *= grad;
-    store_rows(k.a, ~(vmask){0}, row, rows, E, job->out, job->is_double);
-    store_rows(k.b, ~(vmask){0}, row, rows, E, job->out_other, job->is_double);
+    store_rows(k.a, rows_mask(rows), row, E, job->out, job->is_double);
+    store_rows(k.b, rows_mask(rows), row, E, job->out_other, job->is_double);
   }
   return PM_OK;
 }

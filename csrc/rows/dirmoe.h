@@ -105,8 +105,8 @@ static vreal draw_block(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row, 
     k->score[i] = at.log_open + k->log_g[i];
     expected += at.open;
   }
-  store_rows(k->noise, ~(vmask){0}, row, rows, k->E, job->noise, job->is_double);
-  store_rows(k->log_g, ~(vmask){0}, row, rows, k->E, job->log_gamma, job->is_double);
+  store_rows(k->noise, rows_mask(rows), row, k->E, job->noise, job->is_double);
+  store_rows(k->log_g, rows_mask(rows), row, k->E, job->log_gamma, job->is_double);
   return expected;
 }
 
@@ -308,7 +308,7 @@ static pm_status dirmoe_backward_rows(const pm_dirmoe_job *job) {
     void *const out[] = {job->grad_gate_logits, job->grad_alpha_hi, job->grad_alpha_lo};
     for (int n = 0; n < 3; ++n) {
       for (int64_t i = 0; i < k.E; ++i) gradients[n][i] = select_(k.poison, splat(NAN), gradients[n][i]);
-      store_rows(gradients[n], ~(vmask){0}, row, rows, k.E, out[n], job->is_double);
+      store_rows(gradients[n], rows_mask(rows), row, k.E, out[n], job->is_double);
     }
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;

@@ -23,6 +23,7 @@
 #include "../kernels.h"
 #include "../philox.h"
 #include "elementary.h"
+#include "transfer.h"
 
 #if PM_REAL_BITS == 32
 enum { SERIES_TERMS = 10, FRACTION_TERMS = 6 };
@@ -206,7 +207,11 @@ PM_ALWAYS_INLINE vreal log_gamma_slope(vreal alpha, vreal log_g) {
 
 /* LANES elements at `at` of a dense array of `count`, the last repeated. */
 PM_ALWAYS_INLINE vreal load_elements(const void *from, int is_double, int64_t at, int64_t count) {
-  if (is_double == (PM_REAL_BITS == 64) && at + LANES <= count) return load_unaligned((const real *)from + at);
+  if (is_double == (PM_REAL_BITS == 64) && at + LANES <= count) {
+    vreal whole;
+    memcpy(&whole, (const real *)from + at, sizeof whole);
+    return whole;
+  }
   const source in = {from, 0, is_double};
   vreal x;
   for (int l = 0; l < LANES; ++l) x[l] = read_(&in, 0, at + l < count ? at + l : count - 1);
@@ -271,6 +276,9 @@ PM_ALWAYS_INLINE vreal *aligned_vectors(void *scratch) {
   return (vreal *)(((uintptr_t)scratch + sizeof(vreal) - 1) & ~(uintptr_t)(sizeof(vreal) - 1));
 }
 
+/* The first `rows` lanes, for store_rows. */
+PM_ALWAYS_INLINE unsigned rows_mask(int64_t rows) { return (1u << rows) - 1; }
+
 static pm_status log_gamma_sample_rows(const pm_law_job *job) {
   const int64_t E = job->shape.experts;
   const source in = {job->concentration, job->shape.stride, job->is_double};
@@ -280,7 +288,7 @@ static pm_status log_gamma_sample_rows(const pm_law_job *job) {
     const element_counter at = counter_of(job->seed, (uint64_t)(job->shape.first_row + row), rows, PM_DRAW_GAMMA);
     load_rows(&in, row, rows, E, x);
     for (int64_t i = 0; i < E; ++i) x[i] = draw_log_gamma(x[i], &at, (uint32_t)i);
-    store_rows(x, ~(vmask){0}, row, rows, E, job->out, job->is_double);
+    store_rows(x, rows_mask(rows), row, E, job->out, job->is_double);
   }
   return PM_OK;
 }

@@ -111,7 +111,7 @@ def test_draws_are_on_the_simplex(alpha: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("alpha", [[0.2, 0.4], [0.5, 0.5, 1.0], [2.0, 3.0, 4.0, 0.3], [150.0, 40.0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_marginals_are_beta(alpha: list[float], dtype: torch.dtype) -> None:
-    """Kolmogorov-Smirnov on every marginal, whose law is Beta(alpha_i, A - alpha_i); above 1/2 by the others
+    """Kolmogorov-Smirnov on every marginal, whose law is Beta(alpha_i, A - alpha_i); above 1/2 by the others'
     sum, which has the digits that a share near 1 has lost.
     """
     draws = Dirichlet(torch.tensor(alpha, dtype=dtype)).sample((20_000,)).double().numpy()
