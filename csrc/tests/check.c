@@ -182,7 +182,8 @@ int main(int argc, char **argv) {
   test_layout();
   test_large();
   test_sampling();
-  printf("%s: bits %016llx\n", pm_instruction_set(), (unsigned long long)digest());
+  test_laws();
+  printf("%s: bits %016llx\n", pm_instruction_set(), (unsigned long long)(digest() ^ laws_digest()));
   printf("%ld passed, %ld failed\n", passed, failed);
   return failed > 0;
 }

@@ -67,6 +67,8 @@ void test_status(void);
 void test_layout(void);
 void test_large(void);
 void test_sampling(void);
+void test_laws(void);
 uint64_t digest(void);
+uint64_t laws_digest(void);
 
 #endif
