@@ -12,6 +12,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "laws.h"
 #include "operators.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -389,6 +390,44 @@ static void check_any_indices(problem *p) {
   }
 }
 
+/* One function of the other family on arbitrary numbers of the same shape: indices and shares in range, and no memory
+ * but its own. */
+static void check_law(problem *p) {
+  const int id = (int)random_below(&p->state, LAWS), orderly = (int)random_below(&p->state, 2);
+  const law *of = &laws[id];
+  const pm_shape *s = &p->shape;
+  const size_t real = real_size(p->is_double), rows = (size_t)s->rows;
+  law_call c = {.shape = *s, .seed = p->seed, .scratch = p->scratch};
+  void *in[LAW_INPUTS];
+  for (int n = 0; n < LAW_INPUTS; ++n) {
+    const size_t width = n == 0 ? (size_t)s->stride : (size_t)width_of(of->in[n], s);
+    c.in[n] = in[n] = allocate(rows * width * real);
+    for (size_t i = 0; i < rows * width; ++i)
+      put(in[n], p->is_double, (int64_t)i,
+          orderly ? exp(8 * random_normal(&p->state)) : from_bits(next_random(&p->state), p->is_double));
+  }
+  int64_t *indices = allocate(rows * (size_t)s->k_max * sizeof(int64_t));
+  for (size_t n = 0; n < rows * (size_t)s->k_max; ++n) indices[n] = random_below(&p->state, s->experts + 3) - 1;
+  c.indices = indices;
+  c.out_indices = allocate(rows * (size_t)s->k_max * sizeof(int64_t));
+  for (int n = 0; n < LAW_OUTPUTS; ++n) c.out[n] = allocate(rows * (size_t)width_of(of->out[n], s) * real);
+  const pm_status status = of->run[p->is_double](&c);
+  const int decides = id == DIRMOE_DECIDE || id == DIRMOE_DECIDE_BACKWARD;
+  REQUIRE(status == PM_OK || (decides && status == PM_INFEASIBLE), -1, "%s: %s", of->name, pm_status_text(status));
+  for (int64_t n = 0; of->out_indices && n < s->rows * s->k_max; ++n)
+    REQUIRE(c.out_indices[n] >= 0 && c.out_indices[n] <= s->experts, -1, "%s: index %" PRId64, of->name,
+            c.out_indices[n]);
+  const int shares = id == DIRICHLET_SAMPLE || id == DIRMOE_DRAW || id == DIRMOE_DECIDE;
+  for (int64_t n = 0; shares && n < s->rows * width_of(of->out[0], s); ++n) {
+    const double share = get(c.out[0], p->is_double, n);
+    REQUIRE(isnan(share) || (share >= 0 && share <= 1 + epsilon(p)), -1, "%s: share %g", of->name, share);
+  }
+  for (int n = 0; n < LAW_INPUTS; ++n) free(in[n]);
+  for (int n = 0; n < LAW_OUTPUTS; ++n) free(c.out[n]);
+  free(indices);
+  free(c.out_indices);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   source in = {data, size, 0};
   problem whole = {0}, *p = &whole;
@@ -401,6 +440,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   check_piece(p, id, 0, cut);
   check_piece(p, id, cut, p->shape.rows);
   check_any_indices(p);
+  check_law(p);
   release(p);
   return 0;
 }
