@@ -26,7 +26,7 @@
 #include "transfer.h"
 
 #if PM_REAL_BITS == 32
-enum { SERIES_TERMS = 10, FRACTION_TERMS = 6 };
+enum { SERIES_TERMS = 10, FRACTION_TERMS = 8 };
 #define PM_LARGEST ((real)0x1.fffffep127f)
 #define PM_LARGEST_LOG ((real)88)
 #else

@@ -22,8 +22,8 @@ class Dirichlet(TorchDirichlet):
     A :class:`torch.distributions.Dirichlet` in everything but how it is computed. Draws are made in log space, where
     concentrations of 1e-4 do not degenerate, on all threads, and from one seed of torch's generator; their pathwise
     gradient (Figurnov, Mohamed & Mnih, NeurIPS 2018) is accurate to about 1e-6 in float32 and 1e-12 in float64, where
-    torch's is off by up to 9e-4 in both (docs/gamma.md). ``log_prob``, ``entropy`` and ``kl_divergence`` are computed in double
-    precision. ``mean``, ``mode`` and ``variance`` are torch's.
+    torch's is off by up to 9e-4 in both (docs/gamma.md). ``log_prob``, ``entropy`` and ``kl_divergence`` are computed
+    in double precision. ``mean``, ``mode`` and ``variance`` are torch's.
 
     ``batch_shape`` is that of the concentration without its last dimension, ``event_shape`` is ``(E,)``. Values and
     statistics have the concentration's dtype.
