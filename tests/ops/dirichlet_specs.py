@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.contract import SEED, Band, OpSpec, Tensors
+from probmoe_ext import reference
+from tests.contract import SEED, Band, OpSpec, Tensors, cotangents, floats_of
 
 
 def concentrations(logits: Tensor) -> Tensor:
@@ -47,9 +48,17 @@ def row_scale(function: Any) -> Any:
     return scale
 
 
-def steepest(tensors: Tensors, band: Band) -> Tensor:
-    """Implicit derivatives go like 1/alpha, those of closed forms like 1/alpha^2."""
-    return (1 / tensors[0].detach().double().amin(-1, keepdim=True)).clamp(min=1) ** 2 * tensors[0].shape[-1]
+def slope_scale(name: str, *, banded: bool = False, **options: Any) -> Any:
+    """Errors of gradients in units of the row's largest entry, as the reference has it in float64."""
+
+    def scale(tensors: Tensors, band: Band) -> Tensor:
+        leaves = [t.detach().double().requires_grad_() for t in tensors]
+        result = getattr(reference, name)(*leaves, *([band] if banded else []), **options)
+        outputs = floats_of(result if isinstance(result, tuple) else (result,))
+        grads = torch.autograd.grad(outputs, leaves, cotangents(tuple(outputs)))
+        return torch.cat(grads, -1).abs().amax(-1, keepdim=True).clamp(min=1)
+
+    return scale
 
 
 def magnitude(tensors: Tensors, band: Band) -> Tensor:
@@ -74,7 +83,7 @@ GAMMA = [
         elementwise=True,
         finite_differences=False,
         scale=row_scale(lambda a: 4 / a),
-        grad_scale=steepest,
+        grad_scale=slope_scale("log_gamma_sample", seed=SEED),
         **SAMPLED,
     ),
     law(
@@ -84,23 +93,34 @@ GAMMA = [
         elementwise=True,
         scale=row_scale(lambda a, g: g / a),
     ),
-    law("dirichlet_sample", finite_differences=False, grad_scale=steepest, **SAMPLED),
+    law(
+        "dirichlet_sample",
+        finite_differences=False,
+        grad_scale=slope_scale("dirichlet_sample", seed=SEED),
+        **SAMPLED,
+    ),
     law(
         "dirichlet_log_prob",
         tensors=with_value,
         differentiable=(0, 1),
         twice=True,
         scale=magnitude,
-        grad_scale=lambda t, band: steepest((torch.minimum(t[0], t[1]),), band),
+        grad_scale=slope_scale("dirichlet_log_prob"),
     ),
-    law("dirichlet_entropy", tensors=only_concentrations, twice=True, scale=magnitude, grad_scale=steepest),
+    law(
+        "dirichlet_entropy",
+        tensors=only_concentrations,
+        twice=True,
+        scale=magnitude,
+        grad_scale=slope_scale("dirichlet_entropy"),
+    ),
     law(
         "dirichlet_kl",
         tensors=lambda x, band: (concentrations(x), other_concentrations(x)),
         differentiable=(0, 1),
         twice=True,
         scale=magnitude,
-        grad_scale=lambda t, band: steepest((torch.minimum(*t),), band),
+        grad_scale=slope_scale("dirichlet_kl"),
     ),
 ]
 
@@ -112,19 +132,19 @@ def with_heads(logits: Tensor, band: Band) -> Tensors:
 
 def dirmoe_spec(training: bool, normalize: bool) -> OpSpec:
     """One setting of DirMoE routing."""
-    numbers = {"temperature": 0.7, "concentration": 2.0, "prior": (1.5, 2.0, 0.125)}
-    raw = {"prior_concentration": 1.5, "prior_hi": 2.0, "prior_lo": 0.125}
+    options: dict[str, Any] = {"training": training, "normalize": normalize, "seed": SEED}
+    options |= {"temperature": 0.7, "concentration": 2.0, "prior": (1.5, 2.0, 0.125)}
     return OpSpec(
         "route_dirmoe",
         label=("training" if training else "inference") + ", normalize" * normalize,
-        options={"training": training, "normalize": normalize, "seed": SEED, **numbers},
+        options=options,
         tensors=with_heads,
         differentiable=(0, 1, 2),
         sampled=training,
         finite_differences=not training,
         scale=lambda t, band: 4 * magnitude(t[1:], band),
-        grad_scale=lambda t, band: steepest((torch.minimum(t[1], t[2]),), band),
-        raw_values=raw,
+        grad_scale=slope_scale("route_dirmoe", banded=True, **options),
+        raw_values={"prior_concentration": 1.5, "prior_hi": 2.0, "prior_lo": 0.125},
     )
 
 
