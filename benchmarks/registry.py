@@ -254,8 +254,8 @@ def _law(name: str, function: Callable[..., Tensor], peer: Callable[..., Tensor]
 def _law_backward(name: str, function: Callable[..., Tensor], peer: Callable[..., Tensor], peer_name: str) -> Benchmark:
     return Benchmark(
         name,
-        lambda logits, k: _backward(function)(logits.exp()),
-        lambda logits, k: _backward(peer)(logits.exp()),
+        with_backward(lambda logits, k: function(logits.exp())),
+        with_backward(lambda logits, k: peer(logits.exp())),
         peer_name,
     )
 
