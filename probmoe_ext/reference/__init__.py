@@ -13,8 +13,9 @@ from __future__ import annotations
 from probmoe_ext.reference.dirichlet import dirichlet_entropy, dirichlet_kl, dirichlet_log_prob, dirichlet_sample
 from probmoe_ext.reference.dirmoe import route_dirmoe
 from probmoe_ext.reference.gamma import log_gamma_grad, log_gamma_sample, standard_gamma_grad
+from probmoe_ext.reference.gumbel import gumbel_sigmoid, gumbel_top_k, plackett_luce_log_prob, relaxed_top_k
 from probmoe_ext.reference.log_space import subset_marginals_log_space
-from probmoe_ext.reference.philox import philox4x32, philox_uniform
+from probmoe_ext.reference.philox import philox4x32, philox_open_uniform, philox_uniform
 from probmoe_ext.reference.route import route_probmoe, route_top_k
 from probmoe_ext.reference.sample import subset_sample
 from probmoe_ext.reference.subset import (
@@ -33,10 +34,15 @@ __all__ = [
     "dirichlet_kl",
     "dirichlet_log_prob",
     "dirichlet_sample",
+    "gumbel_sigmoid",
+    "gumbel_top_k",
     "log_gamma_grad",
     "log_gamma_sample",
     "philox4x32",
+    "philox_open_uniform",
     "philox_uniform",
+    "plackett_luce_log_prob",
+    "relaxed_top_k",
     "route_dirmoe",
     "route_probmoe",
     "route_top_k",

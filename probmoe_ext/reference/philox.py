@@ -83,3 +83,35 @@ def philox_uniform(
         return (high >> 8).to(dtype) * 2.0**-24
     low = _words(key, row_numbers, draws, purpose + 1)
     return ((high << 21) | (low >> 11)).to(dtype) * 2.0**-53
+
+
+def philox_open_uniform(
+    seed: int | Tensor, rows: int, draws: int, purpose: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Uniforms u in ``(0, 1)`` and ``1 - u``, each to the full relative precision of `dtype` near 0.
+
+    For variates with tails, which a grid of multiples of 2**-24 would cut off. With w the draw's word (float64: two of
+    them, 64 bits, the leading ones from `purpose`), u is ``(w + 1/2) / 2**bits``, and ``1 - u`` the same of w with all
+    bits inverted; both are rounded once, so the lesser of the two never rounds to 0 and carries all its digits.
+
+    Args:
+        seed: an int in ``[-2**63, 2**64)``, or a scalar int64 tensor.
+        rows: the number of rows, numbered from 0.
+        draws: how many uniforms a row gets.
+        purpose: which of a row's independent streams: 4 for Gumbel variates, 6 for logistic ones.
+        dtype: `torch.float32` or `torch.float64`.
+
+    Returns:
+        u and ``1 - u``, each ``[rows, draws]`` of `dtype`.
+    """
+    numbers = torch.arange(rows, dtype=torch.int64)
+    high = _words(int(seed), numbers, draws, purpose)
+    low = _words(int(seed), numbers, draws, purpose + 1) if dtype == torch.float64 else high
+
+    def uniform(high: Tensor, low: Tensor) -> Tensor:
+        # Both terms are exact: their sum is the only rounding.
+        if dtype == torch.float64:
+            return high.to(dtype) * 2.0**-32 + (low.to(dtype) + 0.5) * 2.0**-64
+        return (high >> 16).to(dtype) * 2.0**-16 + ((high & 0xFFFF).to(dtype) + 0.5) * 2.0**-32
+
+    return uniform(high, low), uniform(high ^ _WORD, low ^ _WORD)
