@@ -20,6 +20,8 @@ typedef struct pm_job {
   int sample;            /* routing: draw, or take the mode */
   int normalize;
   int marginal; /* routing backward: through the marginals, or straight through */
+  double temperature;
+  void *keys; /* relaxed top-k: where the perturbed logits go, or NULL */
 } pm_job;
 
 typedef pm_status (*pm_kernel)(const pm_job *job);
@@ -83,6 +85,12 @@ typedef struct pm_kernels {
   pm_law_kernel dirichlet_kl_backward;
   pm_dirmoe_kernel dirmoe;
   pm_dirmoe_kernel dirmoe_backward;
+  pm_kernel gumbel_top_k;
+  pm_kernel gumbel_sigmoid;
+  pm_kernel relaxed_top_k;
+  pm_kernel relaxed_top_k_backward;
+  pm_kernel plackett_luce_log_prob; /* NULL in single precision, as is its gradient */
+  pm_kernel plackett_luce_log_prob_backward;
 } pm_kernels;
 
 extern const pm_kernels pm_kernels_portable_f32, pm_kernels_portable_f64;

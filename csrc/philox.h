@@ -25,6 +25,10 @@ enum {
   PM_DRAW_ITEM_LOW = 1,
   PM_DRAW_SIZE = 2, /* how many experts, t = 0 */
   PM_DRAW_SIZE_LOW = 3,
+  PM_DRAW_GUMBEL = 4, /* the Gumbel variate of expert t */
+  PM_DRAW_GUMBEL_LOW = 5,
+  PM_DRAW_CONCRETE = 6, /* the logistic variate of expert t */
+  PM_DRAW_CONCRETE_LOW = 7,
   /* Counted by the element instead: counter word 0 is attempt * PM_MAX_EXPERTS + column, and all four words are used.
    */
   PM_DRAW_GAMMA = 16, /* radius, angle, acceptance, boost */

@@ -66,8 +66,8 @@ typedef enum pm_status {
   PM_BAD_SHAPE = 2,       /* rows < 0, experts < 1 or > PM_MAX_EXPERTS, stride < experts, or samples < 0 or too close */
   PM_BAD_CARDINALITY = 3, /* not 0 <= k_min <= k_max <= experts */
   PM_INFEASIBLE = 4,      /* a row has fewer than k_min unmasked experts (pm_infeasible_row_* finds it) */
-  PM_BAD_INDEX = 5,       /* an index is outside 0 .. experts */
-  PM_BAD_OPTION = 6       /* a temperature or concentration is not positive and finite */
+  PM_BAD_INDEX = 5,       /* an index is outside 0 .. experts (Plackett-Luce: 0 .. experts - 1) */
+  PM_BAD_OPTION = 6       /* a temperature or concentration is not positive and finite, or out of its bounds */
 } pm_status;
 
 /* One sentence, for people. Never NULL. */
@@ -249,6 +249,62 @@ pm_status pm_dirichlet_kl_backward_f32(const pm_shape *shape, const float *p_con
 pm_status pm_dirichlet_kl_backward_f64(const pm_shape *shape, const double *p_concentration,
                                        const double *q_concentration, const double *grad, double *grad_p,
                                        double *grad_q, void *scratch);
+/* ---- the Gumbel family ---------------------------------------------------------------------------------------- */
+
+/* Below, k is k_max, and k_min must be the same (PM_BAD_CARDINALITY); a row needs k unmasked experts (PM_INFEASIBLE).
+ * The noise of expert i is draw i of its row, G = -log(-log(1 - u)) with u in (0, 1) of 32 bits in single and 64 in
+ * double precision (rows/noise.h): its tails reach to probabilities of 2^-33 and 2^-65. The ordered draw is one without
+ * replacement, the Plackett-Luce law (Kool, van Hoof & Welling 2019). As a law on subsets it is NOT the conditional
+ * Bernoulli law of the subset family: with the same logits the probabilities differ wherever 1 < k < E. */
+/* Bounds of the temperatures below (PM_BAD_OPTION). */
+#define PM_MIN_TEMPERATURE 1e-6
+#define PM_MAX_TEMPERATURE 1e6
+
+/* The k largest keys r_i + G_i, descending, ties to the lower index; a masked expert is never among them.
+ * indices, keys [T, k].  Cost O(E k). */
+pm_status pm_gumbel_top_k_f32(const pm_shape *shape, const float *logits, uint64_t seed, int64_t *indices, float *keys,
+                              void *scratch);
+pm_status pm_gumbel_top_k_f64(const pm_shape *shape, const double *logits, uint64_t seed, int64_t *indices,
+                              double *keys, void *scratch);
+
+/* sum over t of r_{i_t} - logsumexp(r over what is left before t), for ordered choices i_1, ..., i_k.
+ * indices [T, k], in 0..E-1 (PM_BAD_INDEX); out [T].  -inf where a choice is masked or repeated; k_min is not read.
+ * Computed in double precision for both types as a sum of terms of one sign.  Cost O(E + k). */
+pm_status pm_plackett_luce_log_prob_f32(const pm_shape *shape, const float *logits, const int64_t *indices, float *out,
+                                        void *scratch);
+pm_status pm_plackett_luce_log_prob_f64(const pm_shape *shape, const double *logits, const int64_t *indices,
+                                        double *out, void *scratch);
+
+/* Its gradient: grad_logits_i = grad ([i chosen] - sum over t, up to i's own choice, of exp(r_i - L_t)), L_t the
+ * logsumexp above; 0 where the log-probability is -inf.  grad [T], grad_logits [T, E]. */
+pm_status pm_plackett_luce_log_prob_backward_f32(const pm_shape *shape, const float *logits, const int64_t *indices,
+                                                 const float *grad, float *grad_logits, void *scratch);
+pm_status pm_plackett_luce_log_prob_backward_f64(const pm_shape *shape, const double *logits, const int64_t *indices,
+                                                 const double *grad, double *grad_logits, void *scratch);
+
+/* Relaxed top-k (Xie & Ermon 2019): x = r + G; k times a = softmax(x / temperature), x += log(1 - a); the sum of the a.
+ * Rows sum to k; as the temperature goes to 0 they tend to the k-hot of pm_gumbel_top_k with the same seed.
+ * out, keys [T, E]: the result, and r + G for the backward pass unless that is NULL.  Cost O(E k). */
+pm_status pm_relaxed_top_k_f32(const pm_shape *shape, const float *logits, double temperature, uint64_t seed,
+                               float *out, float *keys, void *scratch);
+pm_status pm_relaxed_top_k_f64(const pm_shape *shape, const double *logits, double temperature, uint64_t seed,
+                               double *out, double *keys, void *scratch);
+
+/* Its vector-Jacobian product from the keys r + G, by the logits as by the keys.  keys [T, E] with shape->stride, grad,
+ * grad_logits [T, E].  Cost O(E k); the scratch of a call holds the rounds of a few rows, O(E sqrt(k)) where all of
+ * them would not fit the cache. */
+pm_status pm_relaxed_top_k_backward_f32(const pm_shape *shape, const float *keys, const float *grad, double temperature,
+                                        float *grad_logits, void *scratch);
+pm_status pm_relaxed_top_k_backward_f64(const pm_shape *shape, const double *keys, const double *grad,
+                                        double temperature, double *grad_logits, void *scratch);
+
+/* Relaxed Bernoulli variables (Maddison, Mnih & Teh 2017), elementwise: sigmoid((r + log u - log(1 - u)) /
+ * temperature), u of draw i, of another purpose than G.  out [T, E] in [0, 1].  -inf gives 0, +inf 1, NaN NaN; k is not
+ * read. */
+pm_status pm_gumbel_sigmoid_f32(const pm_shape *shape, const float *logits, double temperature, uint64_t seed,
+                                float *out, void *scratch);
+pm_status pm_gumbel_sigmoid_f64(const pm_shape *shape, const double *logits, double temperature, uint64_t seed,
+                                double *out, void *scratch);
 
 /* ---- DirMoE routing ----------------------------------------------------------------------------------------- */
 

@@ -11,7 +11,7 @@ const char *pm_status_text(pm_status status) {
       return "need rows >= 0, 1 <= experts <= 65536, stride >= experts, and samples >= 0 at least rows apart";
     case PM_BAD_CARDINALITY: return "need 0 <= k_min <= k_max <= experts";
     case PM_BAD_INDEX: return "an index is outside 0 .. experts";
-    case PM_BAD_OPTION: return "a temperature or concentration is not positive and finite";
+    case PM_BAD_OPTION: return "a temperature or concentration is not positive and finite, or out of its bounds";
     case PM_INFEASIBLE: return "a row has fewer than k_min unmasked experts";
   }
   return "unknown status";

@@ -1,16 +1,24 @@
 /* The kernels of one instruction set and precision, as the table PM_TABLE. */
 #include "dirichlet.h"
 #include "dirmoe.h"
+#include "relaxed.h"
 #include "route.h"
 
+static size_t scratch_bytes(int64_t E, int64_t k_max) {
+  const size_t subset = block_bytes(E, k_max), gumbel = gumbel_bytes(E, k_max);
+  return subset > gumbel ? subset : gumbel;
+}
+
 const pm_kernels PM_TABLE = {
-    .scratch_size = block_bytes,
+    .scratch_size = scratch_bytes,
 #if PM_REAL_BITS == 64
     .log_partition = log_partition_rows,
     .cardinality = cardinality_rows,
     .cardinality_backward = cardinality_backward_rows,
     .entropy = entropy_rows,
     .log_prob = log_prob_rows,
+    .plackett_luce_log_prob = plackett_luce_log_prob_rows,
+    .plackett_luce_log_prob_backward = plackett_luce_log_prob_backward_rows,
 #endif
     .marginals = marginals_rows,
     .covariance_vp = covariance_rows,
@@ -33,4 +41,8 @@ const pm_kernels PM_TABLE = {
     .dirmoe = dirmoe_rows,
     .dirmoe_backward = dirmoe_backward_rows,
 #endif
+    .gumbel_top_k = gumbel_top_k_rows,
+    .gumbel_sigmoid = gumbel_sigmoid_rows,
+    .relaxed_top_k = relaxed_top_k_rows,
+    .relaxed_top_k_backward = relaxed_top_k_backward_rows,
 };

@@ -11,6 +11,7 @@ from __future__ import annotations
 from .dirichlet import dirichlet_entropy, dirichlet_kl, dirichlet_log_prob, dirichlet_sample
 from .dirmoe import route_dirmoe
 from .gamma import log_gamma_sample, standard_gamma_grad
+from .gumbel import gumbel_sigmoid, gumbel_top_k, plackett_luce_log_prob, relaxed_top_k
 from .route import route_probmoe, route_top_k
 from .streams import sample_stream, set_sample_stream
 from .subset import (
@@ -30,7 +31,11 @@ __all__ = [
     "dirichlet_kl",
     "dirichlet_log_prob",
     "dirichlet_sample",
+    "gumbel_sigmoid",
+    "gumbel_top_k",
     "log_gamma_sample",
+    "plackett_luce_log_prob",
+    "relaxed_top_k",
     "route_dirmoe",
     "route_probmoe",
     "route_top_k",
