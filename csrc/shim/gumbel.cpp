@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> gumbel_top_k(Tensor tensor, Tensor seed, int64_t k) {
           return pm_gumbel_top_k_f32(&part, from, bits, at + row * k, to + row * k, scratch);
       });
     });
-  return {indices, logits.finish(keys)};
+  return {logits.finish(keys), indices};
 }
 
 // Ordered choices, [..., k] beside the logits.

@@ -65,6 +65,27 @@ def route_probmoe_backward(
     return grad.to(logits.dtype)
 
 
+def relaxed_top_k(logits: Tensor, seed: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The relaxed k-hot, and the keys for its gradient."""
+    keys = reference.gumbel.perturbed(logits, k, seed)
+    return reference.gumbel.relaxed_from_keys(keys, k, temperature).to(logits.dtype), keys
+
+
+def _gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``(grad, *arguments)`` to the vector-Jacobian product by the first argument, by autograd."""
+
+    def op(grad: Tensor, first: Tensor, *args: Any) -> Tensor:
+        with torch.enable_grad():
+            leaf = first.detach().requires_grad_()
+            value = function(leaf, *args)
+            (product,) = torch.autograd.grad(value, leaf, grad.to(value.dtype), materialize_grads=True)
+        # Autograd stops where a row that has no answer was set to NaN; the product must show it.
+        lost = value.isnan() if value.dim() < leaf.dim() else value.isnan().any(-1)
+        return torch.where(lost.unsqueeze(-1), torch.nan, product)
+
+    return op
+
+
 def _banded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A reference function of ``(logits, ..., k)`` as an operator of ``(logits, ..., k_min, k_max)``."""
 
@@ -185,6 +206,12 @@ FALLBACKS: dict[str, Callable[..., Any]] = {
     },
     "route_dirmoe": route_dirmoe,
     "route_dirmoe_backward": route_dirmoe_backward,
+    "gumbel_top_k": lambda logits, seed, k: reference.gumbel_top_k(logits, k, seed)[::-1],
+    "gumbel_sigmoid": lambda logits, seed, temperature: reference.gumbel_sigmoid(logits, temperature, seed),
+    "plackett_luce_log_prob": reference.plackett_luce_log_prob,
+    "plackett_luce_log_prob_backward": _gradient(reference.plackett_luce_log_prob),
+    "relaxed_top_k": relaxed_top_k,
+    "relaxed_top_k_backward": _gradient(reference.gumbel.relaxed_from_keys),
 }
 """By raw operator, with its arguments."""
 

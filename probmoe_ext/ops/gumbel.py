@@ -43,19 +43,19 @@ def check_temperature(temperature: float) -> float:
 
 def _save_choice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, *_ = inputs
-    ctx.mark_non_differentiable(output[0])
+    ctx.mark_non_differentiable(output[1])
     ctx.shape = logits.shape
-    ctx.save_for_backward(output[0])
+    ctx.save_for_backward(output[1])
 
 
-def _top_k_backward(ctx: Any, _: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _top_k_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
     (indices,) = ctx.saved_tensors
     return grad.new_zeros(ctx.shape).scatter(-1, indices, grad), None, None
 
 
 def _top_k_fake(logits: Tensor, seed: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (*logits.shape[:-1], k)
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
 _top_k = register("gumbel_top_k", _top_k_fake, _top_k_backward, _save_choice, unbatched=(1,))
@@ -85,7 +85,8 @@ def gumbel_top_k(logits: Tensor, k: int, seed: int | Tensor | None = None) -> tu
     """
     check_logits(logits)
     check_size(k, logits.shape[-1])
-    return launch(_top_k, logits, make_seed(seed, logits), k)
+    keys, indices = launch(_top_k, logits, make_seed(seed, logits), k)
+    return indices, keys
 
 
 # ---- Plackett-Luce ------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def gumbel_noise(logits: Tensor, seed: int | Tensor | None) -> Tensor:
     return -torch.log(exponential)
 
 
-def _perturbed(logits: Tensor, k: int, seed: int | Tensor | None) -> Tensor:
+def perturbed(logits: Tensor, k: int, seed: int | Tensor | None) -> Tensor:
+    """The keys ``logits + Gumbel`` of rows that can give k experts, in the dtype of computation."""
     check_band(k, logits.shape[-1])
     check_unmasked(torch.where(poison(logits).isnan(), 0, logits), k)
     r = compute_dtype(logits)
@@ -53,7 +54,7 @@ def gumbel_top_k(logits: Tensor, k: int, seed: int | Tensor | None = None) -> tu
         int64 indices ``[..., k]`` by descending key, ties to the lower index, and their keys ``logits + Gumbel``
         ``[..., k]``, differentiable. A spoilt row has keys NaN and indices 0, 1, 2, ...
     """
-    keys = _perturbed(logits, k, seed)
+    keys = perturbed(logits, k, seed)
     spoilt = keys.isnan()
     order = torch.sort(torch.where(spoilt, 0, keys.detach()), dim=-1, descending=True, stable=True).indices[..., :k]
     return order, keys.gather(-1, order).to(logits.dtype)
@@ -68,9 +69,10 @@ def plackett_luce_log_prob(logits: Tensor, indices: Tensor) -> Tensor:
     r = poison(compute_dtype(logits))
     masked = r == -torch.inf
     left = ~masked
-    total = r.new_zeros(r.shape[:-1])
+    total = 0 * torch.where(masked, 0, r).sum(-1)  # of the graph even where nothing is chosen
     possible = torch.ones_like(total, dtype=torch.bool)
-    for index in indices.split(1, -1):
+    for t in range(indices.shape[-1]):
+        index = indices[..., t : t + 1]
         possible = possible & left.gather(-1, index).squeeze(-1)
         left = left.scatter(-1, index, False)
         some = left.any(-1)
@@ -82,15 +84,10 @@ def plackett_luce_log_prob(logits: Tensor, indices: Tensor) -> Tensor:
     return torch.where(spoilt, torch.nan, torch.where(possible, total, -torch.inf)).to(logits.dtype)
 
 
-def relaxed_top_k(logits: Tensor, k: int, temperature: float, seed: int | Tensor | None = None) -> Tensor:
-    """A relaxed k-hot ``[..., E]``: k rounds of softmax, each taking out what the rounds before have chosen.
-
-    ``x^1 = logits + Gumbel``, ``a^t = softmax(x^t / temperature)``, ``x^(t+1) = x^t + log(1 - a^t)``; the result is the
-    sum of the ``a^t``, which tends to the k-hot of `gumbel_top_k` with the same seed as the temperature goes to 0.
-    """
-    x = _perturbed(logits, k, seed)
-    spoilt = x.isnan().any(-1, keepdim=True)
-    x = torch.where(spoilt, 0, x)
+def relaxed_from_keys(keys: Tensor, k: int, temperature: float) -> Tensor:
+    """The rounds of `relaxed_top_k`, from the perturbed keys (float32 or float64); a row with NaN gives NaN."""
+    spoilt = keys.isnan().any(-1, keepdim=True)
+    x = torch.where(spoilt, 0, keys)
     result = torch.zeros_like(x)
     for t in range(k):
         # The largest entry apart: 1 - a is then a sum of positive terms for it, and at least 1/2 for all others.
@@ -105,7 +102,16 @@ def relaxed_top_k(logits: Tensor, k: int, temperature: float, seed: int | Tensor
         result = result + a
         if t < k - 1:
             x = x + torch.log1p(-rest).scatter(-1, largest, log_rest)
-    return torch.where(spoilt, torch.nan, result).to(logits.dtype)
+    return torch.where(spoilt, torch.nan, result)
+
+
+def relaxed_top_k(logits: Tensor, k: int, temperature: float, seed: int | Tensor | None = None) -> Tensor:
+    """A relaxed k-hot ``[..., E]``: k rounds of softmax, each taking out what the rounds before have chosen.
+
+    ``x^1 = logits + Gumbel``, ``a^t = softmax(x^t / temperature)``, ``x^(t+1) = x^t + log(1 - a^t)``; the result is the
+    sum of the ``a^t``, which tends to the k-hot of `gumbel_top_k` with the same seed as the temperature goes to 0.
+    """
+    return relaxed_from_keys(perturbed(logits, k, seed), k, temperature).to(logits.dtype)
 
 
 def gumbel_sigmoid(logits: Tensor, temperature: float, seed: int | Tensor | None = None) -> Tensor:

@@ -23,7 +23,16 @@ def _arguments(name: str, dtype: torch.dtype) -> list[tuple[object, ...]]:
         indices = RAW.subset_sample(logits, seed, k_min, k_max)
         grad = torch.randn(33, k_max, generator=generator, dtype=torch.float64).to(dtype)
         sizes = torch.randn(33, k_max - k_min + 1, generator=generator, dtype=torch.float64).to(dtype)
+        _, order = RAW.gumbel_top_k(logits, seed, k_max)
+        scalar = torch.randn(33, generator=generator, dtype=torch.float64).to(dtype)
+        wide = (logits if dtype == torch.float64 else logits.float()) * 1.5
         calls += {
+            "gumbel_top_k": [(logits, seed, k_max)],
+            "gumbel_sigmoid": [(logits, seed, 0.7)],
+            "plackett_luce_log_prob": [(logits, order)],
+            "plackett_luce_log_prob_backward": [(scalar, logits, order)],
+            "relaxed_top_k": [(logits, seed, k_max, 0.7)],
+            "relaxed_top_k_backward": [(other.to(wide.dtype), wide, k_max, 0.7)],
             "subset_covariance_vp": [(logits, other, k_min, k_max)],
             "subset_cardinality_backward": [(sizes, logits, k_min, k_max)],
             "subset_log_prob": [(logits, indices, k_min, k_max)],
