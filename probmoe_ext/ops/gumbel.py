@@ -1,6 +1,6 @@
 """The Gumbel family: ordered draws without replacement, their law, and their relaxations.
 
-The k largest of ``logits + Gumbel`` noise are an exact ordered draw without replacement from the Plackett-Luce law. As a
+The k largest of ``logits + Gumbel`` noise are an exact ordered draw without replacement, the Plackett-Luce law. As a
 law on subsets this is *not* the conditional Bernoulli law of :mod:`probmoe_ext.ops.subset`: with the same logits the
 probabilities of the subsets differ wherever ``1 < k < E``.
 Sources: Kool, van Hoof & Welling, "Stochastic beams and where to find them", ICML 2019; Xie & Ermon, "Reparameterizable
@@ -185,8 +185,8 @@ def relaxed_top_k(logits: Tensor, k: int, temperature: float, seed: int | Tensor
     """A relaxed k-hot draw, differentiable in the logits (Xie & Ermon 2019).
 
     ``x = logits + Gumbel(0, 1)``; k times ``a = softmax(x / temperature)``, ``x = x + log(1 - a)``; the sum of the
-    ``a``. As the temperature goes to 0 it tends to the k-hot of :func:`gumbel_top_k` with the same seed. Unlike the draw
-    itself it has entries strictly between 0 and 1, and its expectation is biased; the gradient is exact for it.
+    ``a``. As the temperature goes to 0 it tends to the k-hot of :func:`gumbel_top_k` with the same seed. Unlike that
+    draw it has entries strictly between 0 and 1, and its expectation is biased; the gradient is exact for it.
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.

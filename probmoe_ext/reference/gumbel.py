@@ -1,9 +1,9 @@
 """Gumbel-top-k and its relaxations in plain torch.
 
-Kool, van Hoof and Welling, "Stochastic beams and where to find them" (ICML 2019): the k largest of ``r + Gumbel`` are an
-ordered draw without replacement, the Plackett-Luce law. Xie and Ermon, "Reparameterizable subset sampling via continuous
-relaxations" (IJCAI 2019), relax the draw; Maddison, Mnih and Teh, "The concrete distribution" (ICLR 2017), the
-Bernoulli variable. `logits` is ``[..., E]``; ``-inf`` masks an expert out; NaN or ``+inf`` spoils its row.
+Kool, van Hoof and Welling, "Stochastic beams and where to find them" (ICML 2019): the k largest of ``r + Gumbel`` are
+an ordered draw without replacement, the Plackett-Luce law. Xie and Ermon, "Reparameterizable subset sampling via
+continuous relaxations" (IJCAI 2019), relax the draw; Maddison, Mnih and Teh, "The concrete distribution" (ICLR 2017),
+the Bernoulli variable. `logits` is ``[..., E]``; ``-inf`` masks an expert out; NaN or ``+inf`` spoils its row.
 """
 
 from __future__ import annotations

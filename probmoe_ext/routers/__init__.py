@@ -11,21 +11,37 @@ from probmoe_ext.routers.base import (
     register_router,
     router_options,
 )
+from probmoe_ext.routers.calibration import (
+    annealed_concentration,
+    annealed_temperature,
+    calibrate_concentration,
+    calibrate_ratio,
+    mean_simpson,
+)
+from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temperature
 from probmoe_ext.routers.losses import load_balancing_loss, z_loss
 from probmoe_ext.routers.probmoe import ProbMoERouter
 from probmoe_ext.routers.topk import TopKRouter
 
 __all__ = [
+    "DirMoERouter",
     "ExpertsPerToken",
     "ProbMoERouter",
     "Router",
     "TopKRouter",
+    "annealed_concentration",
+    "annealed_temperature",
     "aux_losses",
     "available_routers",
+    "calibrate_concentration",
+    "calibrate_ratio",
     "load_balancing_loss",
     "make_router",
+    "mean_simpson",
     "register_router",
     "router_options",
+    "set_concentration",
+    "set_temperature",
     "watch_loss",
     "z_loss",
 ]

@@ -35,7 +35,7 @@ def ranked(tensors: Tensors, band: Band) -> Tensor:
     return torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., : band[0]]
 
 
-# float32 noise ends where float64 noise goes on: a variate from u has an error of 2**-33 / u, and thousands are compared.
+# float32 noise ends where float64 noise goes on: a variate from u is off by 2**-33 / u, and thousands are compared.
 SPECS = [
     OpSpec(
         "gumbel_top_k",

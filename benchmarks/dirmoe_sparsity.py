@@ -1,0 +1,96 @@
+"""DirMoE's sparsity penalty on and off: ``python -m benchmarks.dirmoe_sparsity`` (the paper's ablation, small).
+
+A layer of linear experts learns from one whose tokens use k experts. All gates start half open. With the penalty the
+expected number of open gates goes to k, without it the task alone decides. Writes ``docs/dirmoe_sparsity.json`` and, if
+matplotlib is installed, ``docs/dirmoe_sparsity.svg``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from probmoe_ext.routers import make_router
+
+ROOT = Path(__file__).parents[1]
+SIZES = ((8, 1), (8, 2), (16, 3), (32, 2), (48, 1), (48, 3))
+WEIGHTS = (0.01, 0.0)
+HIDDEN, TOKENS, LEARNING_RATE = 16, 128, 0.02
+
+
+def train_toy(num_experts: int, k: int, sparsity_weight: float, steps: int, seed: int = 0) -> list[float]:
+    """Train the toy layer.
+
+    Args:
+        num_experts: ``E``.
+        k: Experts per token, of the teacher and of the target.
+        sparsity_weight: Coefficient of the penalty.
+        steps: Optimizer steps.
+        seed: Of weights, data and routing.
+
+    Returns:
+        The mean expected number of open gates at each step.
+    """
+    torch.manual_seed(seed)
+    gate = nn.Linear(HIDDEN, num_experts, bias=False)
+    router = make_router(
+        "dirmoe", num_experts=num_experts, k=k, hidden_size=HIDDEN, sparsity_weight=sparsity_weight, gate_bias=0.0
+    )
+    experts = nn.Parameter(torch.randn(num_experts, HIDDEN) * 0.1)
+    teacher, teacher_gate = torch.randn(num_experts, HIDDEN) * 0.1, torch.randn(num_experts, HIDDEN)
+    optimizer = torch.optim.Adam([*gate.parameters(), *router.parameters(), experts], lr=LEARNING_RATE)
+    open_gates = []
+    for _ in range(steps):
+        x = torch.randn(TOKENS, HIDDEN)
+        best = torch.softmax(x @ teacher_gate.T, -1).topk(k)
+        true_weights = best.values / best.values.sum(-1, keepdim=True)
+        wanted = (true_weights * (x @ teacher.T).gather(-1, best.indices)).sum(-1)
+        weights, indices = router(x, gate(x))
+        loss = ((weights * (x @ experts.T).gather(-1, indices)).sum(-1) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        open_gates.append(float(router.open_gates))  # type: ignore[arg-type]
+    return open_gates
+
+
+def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """One panel for each size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    for axes, (size, by_weight) in zip(figure.subplots(2, 3).flat, curves.items(), strict=True):
+        for weight, values in by_weight.items():
+            axes.plot(values, label=f"weight {weight}", linewidth=1)
+        axes.axhline(int(size.split(",")[1]), color="black", linewidth=0.8, linestyle=":", label="target k")
+        axes.set_title(f"(E, k) = ({size})", fontsize=9)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].legend(fontsize=7)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("expected number of open gates", fontsize=9)
+    figure.savefig(path)
+
+
+def main(steps: int = 1500) -> None:
+    """Runs all sizes, prints where they end, and writes curves and plot."""
+    torch.set_num_threads(1)
+    curves: dict[str, dict[str, list[float]]] = {}
+    for num_experts, k in SIZES:
+        curves[f"{num_experts},{k}"] = {}
+        for weight in WEIGHTS:
+            values = train_toy(num_experts, k, weight, steps)
+            end = sum(values[-100:]) / 100
+            print(f"E={num_experts:<3} k={k}  weight {weight:<5} open gates {end:7.3f}  off by {abs(end / k - 1):.1%}")
+            curves[f"{num_experts},{k}"][str(weight)] = [round(value, 4) for value in values[:: max(steps // 150, 1)]]
+    (ROOT / "docs" / "dirmoe_sparsity.json").write_text(json.dumps(curves) + "\n")
+    try:
+        draw(curves, ROOT / "docs" / "dirmoe_sparsity.svg")
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+
+
+if __name__ == "__main__":
+    main()
