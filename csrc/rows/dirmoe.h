@@ -98,7 +98,7 @@ static vreal draw_block(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row, 
   for (int64_t i = 0; i < k->E; ++i) {
     vword words[4];
     element_words(&logistic, (uint32_t)i, words);
-    k->noise[i] = exponential(words[1]) - exponential(words[0]);
+    k->noise[i] = log_(exponential(words[1])) - log_(exponential(words[0]));
     const gate at = relaxed_gate(k, i);
     mix(k, i, at.open, at.closed);
     k->log_g[i] = draw_log_gamma(k->q[i], &gamma, (uint32_t)i);

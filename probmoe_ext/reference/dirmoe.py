@@ -19,12 +19,13 @@ LARGEST = 1e30
 
 
 def logistic(seed: int, shape: torch.Size, device: torch.device) -> Tensor:
-    """Standard logistic noise ``[rows, columns]``, float64: the difference of two exponential variates.
+    """Standard logistic noise ``[rows, columns]``, float64, as the difference of two Gumbel variates.
 
-    These are the words 0 and 1 of each element's counter at attempt 0.
+    Which are, but for their sign, the logarithms of exponential variates: of words 0 and 1 of each element's counter
+    at attempt 0.
     """
     high, low = (element_words(seed, shape, 0, LOGISTIC_DRAWS + part, device) for part in (0, 1))
-    return exponential(high[1], low[1]) - exponential(high[0], low[0])
+    return torch.log(exponential(high[1], low[1])) - torch.log(exponential(high[0], low[0]))
 
 
 def relaxed_gates(ell: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
