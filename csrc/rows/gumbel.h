@@ -5,6 +5,7 @@
 
 #include "../kernels.h"
 #include "noise.h"
+#include "transfer.h"
 
 /* From one array of E vectors to the next: a few more, or arrays of 64 experts would lie a multiple of 4096 bytes
  * apart, where processors take a load for one that waits on the store to another array. */
@@ -135,8 +136,7 @@ static pm_status gumbel_sigmoid_rows(const pm_job *job) {
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
     const element_counter at = counter_of(job->seed, (uint64_t)(job->shape.first_row + row), LANES, PM_DRAW_CONCRETE);
-    vmask wanted = {0};
-    for (int l = 0; l < rows; ++l) wanted[l] = -1;
+    const unsigned wanted = rows_mask(rows);
     load_rows(&in, row, rows, d.E, d.x);
     vword word[4];
     for (int64_t i = 0; i < d.E; i += 4) {
@@ -149,7 +149,7 @@ static pm_status gumbel_sigmoid_rows(const pm_job *job) {
         d.x[i + t] = select_(defined, z, y);
       }
     }
-    store_rows(d.x, wanted, row, rows, d.E, job->out, job->is_double);
+    store_rows(d.x, wanted, row, d.E, job->out, job->is_double);
   }
   return PM_OK;
 }
@@ -221,8 +221,7 @@ static pm_status plackett_luce_log_prob_backward_rows(const pm_job *job) {
     load_rows(&in, row, rows, 1, &grad);
     keyed_load(&d, job, row, rows);
     const vmask possible = take_choices(&d, job, row, rows, chosen);
-    vmask wanted = {0};
-    for (int l = 0; l < rows; ++l) wanted[l] = -1;
+    const unsigned wanted = rows_mask(rows);
     vreal left = log_sum_exp(d.x, d.E), sum = splat(-(real)INFINITY);
     for (int t = d.k - 1; t >= 0; --t) {
       left = max_(left, chosen[t]) + log_excess(left - chosen[t]);
@@ -239,7 +238,7 @@ static pm_status plackett_luce_log_prob_backward_rows(const pm_job *job) {
       for (int t = 0; t < d.k && possible[l]; ++t) d.x[index[t]][l] = chosen[t][l];
     }
     for (int64_t i = 0; i < d.E; ++i) d.x[i] = select_(d.poison, splat(NAN), d.x[i]);
-    store_rows(d.x, wanted, row, rows, d.E, job->out, job->is_double);
+    store_rows(d.x, wanted, row, d.E, job->out, job->is_double);
   }
   return PM_OK;
 }

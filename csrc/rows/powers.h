@@ -26,7 +26,7 @@ PM_ALWAYS_INLINE vreal log_rest(vreal a) {
 /* 2^y for -inf <= y <= 0 within 1 ulp, no NaN; 0 where it is below the normal range. y = n + r, |r| <= 1/2. In single
  * precision 2^r = 1 + r P(r), P the minimax polynomial of degree 5, off by 0.15 half-ulps at most; in double precision
  * exp(r log 2) by its Taylor polynomial of degree 13, whose first omitted term is below half an ulp. */
-PM_ALWAYS_INLINE vreal power_of_two(vreal y) {
+PM_ALWAYS_INLINE vreal exp2_(vreal y) {
   const real round = PM_REAL_BITS == 32 ? (real)0x1.8p23 : (real)0x1.8p52;
   const vmask vanishes = (vmask)(y < splat(PM_REAL_BITS == 32 ? -126 : -1022));
   const vreal shifted = y + splat(round), r = y - (shifted - splat(round));

@@ -86,7 +86,7 @@ PM_ALWAYS_INLINE round_of play_round(vreal *x, int64_t E, vreal unit, leaders *l
   for (int l = 0; l < LANES; ++l) x[r.at[l]][l] = -(real)INFINITY;
   vreal sum = splat(0);
   for (int64_t i = 0; i < E; ++i) {
-    weights[i] = power_of_two(x[i] - second);
+    weights[i] = exp2_(x[i] - second);
     sum += weights[i];
   }
   const vreal gap = (first - second) * splat((real)0.693147180559945309) - log_(select_(alone, one, sum));
@@ -121,13 +121,13 @@ static void answer_poison(const keyed *d, vreal *out) {
 }
 
 /* The keys of the block, for the backward pass; a poisoned row's are NaN. */
-static void store_keys(const keyed *d, const pm_job *job, int64_t row, int64_t rows, vmask wanted) {
-  if (any(d->poison & wanted)) {
+static void store_keys(const keyed *d, const pm_job *job, int64_t row, int64_t rows, unsigned wanted) {
+  if (lanes_of(d->poison) & wanted) {
     for (int l = 0; l < rows; ++l)
       for (int64_t i = 0; i < d->E; ++i)
         write_(job->keys, job->is_double, (row + l) * d->E + i, d->poison[l] ? (real)NAN : d->x[i][l]);
   } else {
-    store_rows(d->x, wanted, row, rows, d->E, job->keys, job->is_double);
+    store_rows(d->x, wanted, row, d->E, job->keys, job->is_double);
   }
 }
 
@@ -140,8 +140,7 @@ static pm_status relaxed_top_k_rows(const pm_job *job) {
   vmask infeasible = {0};
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
-    vmask wanted = {0};
-    for (int l = 0; l < rows; ++l) wanted[l] = -1;
+    const unsigned wanted = rows_mask(rows);
     keyed_load(&d, job, row, rows);
     infeasible |= d.infeasible;
     perturb(&d, job, row);
@@ -151,7 +150,7 @@ static pm_status relaxed_top_k_rows(const pm_job *job) {
     for (int t = 0; t + 1 < d.k; ++t) play_round(d.x, E, unit, &lead, weights, result, 0);
     if (d.k > 0) play_round(d.x, E, unit, &lead, weights, result, 1);
     answer_poison(&d, result);
-    store_rows(result, wanted, row, rows, E, job->out, job->is_double);
+    store_rows(result, wanted, row, E, job->out, job->is_double);
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;
 }
@@ -198,8 +197,7 @@ static pm_status relaxed_top_k_backward_rows(const pm_job *job) {
   vmask infeasible = {0};
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
-    vmask wanted = {0};
-    for (int l = 0; l < rows; ++l) wanted[l] = -1;
+    const unsigned wanted = rows_mask(rows);
     keyed_load(&d, job, row, rows);
     infeasible |= d.infeasible;
     load_rows(&upstream, row, rows, E, g);
@@ -225,7 +223,7 @@ static pm_status relaxed_top_k_backward_rows(const pm_job *job) {
       for (int64_t t = count - 1; t >= 0; --t) round_backward(q, E, &r[t], weights + t * step, g, inverse, products, 0);
     }
     answer_poison(&d, q);
-    store_rows(q, wanted, row, rows, E, job->out, job->is_double);
+    store_rows(q, wanted, row, E, job->out, job->is_double);
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;
 }

@@ -183,6 +183,7 @@ int main(int argc, char **argv) {
   test_large();
   test_sampling();
   test_laws();
+  test_gumbel();
   printf("%s: bits %016llx\n", pm_instruction_set(), (unsigned long long)(digest() ^ laws_digest()));
   printf("%ld passed, %ld failed\n", passed, failed);
   return failed > 0;

@@ -68,6 +68,7 @@ void test_layout(void);
 void test_large(void);
 void test_sampling(void);
 void test_laws(void);
+void test_gumbel(void);
 uint64_t digest(void);
 uint64_t laws_digest(void);
 
