@@ -79,7 +79,8 @@ def log_prob(logits: Tensor, indices: Tensor) -> Tensor:
 
 def ordered_draws(num_experts: int, k: int) -> Tensor:
     """All ordered draws, ``[N, k]``, in lexicographic order."""
-    return torch.tensor(list(permutations(range(num_experts), k)), dtype=torch.int64).reshape(-1, k)
+    draws = list(permutations(range(num_experts), k))
+    return torch.tensor(draws, dtype=torch.int64).reshape(len(draws), k)
 
 
 def probabilities(logits: Tensor, k: int) -> Tensor:

@@ -20,7 +20,8 @@ from .constraints import KHot, LogOdds, OddsProbability
 MAX_ENUMERATED = 16
 
 
-def _check_parameter(value: Tensor, name: str) -> None:
+def check_parameter(value: Tensor, name: str) -> None:
+    """Raises unless ``value`` is a floating tensor ``[..., E]`` with E >= 1."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
     if value.dtype not in FLOAT_TYPES:
@@ -80,11 +81,11 @@ class ConditionalBernoulli(Distribution):
         if (logits is None) == (probs is None):
             raise ValueError("exactly one of logits and probs must be given")
         if logits is not None:
-            _check_parameter(logits, "logits")
+            check_parameter(logits, "logits")
             parameter = self.logits = apply_mask(logits, mask)
         else:
             assert probs is not None
-            _check_parameter(probs, "probs")
+            check_parameter(probs, "probs")
             parameter = self.probs = apply_mask(probs, mask, "probs", 0.0)
         self.k_min, self.k_max = check_band(k, parameter.shape[-1])
         super().__init__(parameter.shape[:-1], parameter.shape[-1:], validate_args=validate_args)

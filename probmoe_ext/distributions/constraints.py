@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -55,3 +56,43 @@ class OddsProbability(constraints.Constraint):
 
     def __repr__(self) -> str:
         return "OddsProbability()"
+
+
+class OrderedChoice(constraints.Constraint):
+    """Vectors of distinct whole numbers (of any dtype) from 0 to ``num_experts - 1``."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, num_experts: int) -> None:
+        """Stores the number of experts, at least 1."""
+        self.num_experts = num_experts
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each vector ``[..., k]`` satisfies the constraint, bool ``[...]``."""
+        whole = (value >= 0) & (value < self.num_experts) & (value == value.long())
+        ordered = value.sort(-1).values
+        return whole.all(-1) & (ordered[..., 1:] != ordered[..., :-1]).all(-1)
+
+    def __repr__(self) -> str:
+        return f"OrderedChoice(num_experts={self.num_experts})"
+
+
+class SumsTo(constraints.Constraint):
+    """Vectors of nonnegative numbers with a given sum, up to rounding."""
+
+    event_dim = 1
+
+    def __init__(self, total: float) -> None:
+        """Stores the sum."""
+        self.total = total
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each vector ``[..., E]`` satisfies the constraint, bool ``[...]``."""
+        slack = 8 * torch.finfo(value.dtype).eps * max(1.0, abs(self.total))
+        return (value >= 0).all(-1) & ((value.sum(-1) - self.total).abs() <= slack)
+
+    def __repr__(self) -> str:
+        return f"SumsTo(total={self.total})"
