@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probmoe_ext import ops, reference
 
+from . import gumbel
 from .peers import (
     Make,
     Run,
@@ -303,6 +304,8 @@ _LAWS = (
             logits.exp(), torch._standard_gamma(logits.exp())
         ),
         "torch._standard_gamma_grad",
+        suite=(Case(),),
+        target=0.2,
     ),
     _law("dirichlet_sample", ops.dirichlet_sample, torch._sample_dirichlet, "torch._sample_dirichlet"),
     _law_backward("dirichlet_sample_backward", ops.dirichlet_sample, _torch_dirichlet, "torch Dirichlet.rsample"),
@@ -327,6 +330,40 @@ _LAWS = (
         value=False,
     ),
     Benchmark("route_dirmoe", _dirmoe(ops.route_dirmoe), _dirmoe(reference.route_dirmoe), "plain torch"),
+    Benchmark(
+        "gumbel_top_k",
+        forward_only(gumbel.drawn),
+        gumbel.multinomial_of_softmax,
+        "torch.multinomial, no replacement",
+        suite=(Case(),),
+        target=0.25,
+    ),
+    Benchmark(
+        "relaxed_top_k",
+        forward_only(gumbel.relaxed),
+        forward_only(gumbel.relaxed_by_rounds),
+        "the rounds in torch operators",
+    ),
+    Benchmark(
+        "relaxed_top_k_backward",
+        with_backward(gumbel.relaxed),
+        with_backward(gumbel.relaxed_by_rounds),
+        "the rounds in torch operators, forward + backward",
+        suite=(Case(),),
+        target=0.2,
+    ),
+    Benchmark(
+        "plackett_luce_log_prob",
+        gumbel.of_a_draw(ops.plackett_luce_log_prob),
+        gumbel.of_a_draw(gumbel.log_prob),
+        "torch operators",
+    ),
+    Benchmark(
+        "gumbel_sigmoid",
+        forward_only(gumbel.sigmoid),
+        forward_only(gumbel.relaxed_bernoulli),
+        "torch RelaxedBernoulli.rsample",
+    ),
 )
 
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (*_ALL, *_LAWS)}
