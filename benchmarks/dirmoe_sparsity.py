@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 SIZES = ((8, 1), (8, 2), (16, 3), (32, 2), (48, 1), (48, 3))
 WEIGHTS = (0.01, 0.0)
 HIDDEN, TOKENS, LEARNING_RATE = 16, 128, 0.02
+SCALE = 0.05
+"""Of the experts' weights: the task's pull on the gates is weaker than a penalty of 0.01, but not absent."""
 
 
 def train_toy(num_experts: int, k: int, sparsity_weight: float, steps: int, seed: int = 0) -> list[float]:
@@ -39,8 +41,8 @@ def train_toy(num_experts: int, k: int, sparsity_weight: float, steps: int, seed
     router = make_router(
         "dirmoe", num_experts=num_experts, k=k, hidden_size=HIDDEN, sparsity_weight=sparsity_weight, gate_bias=0.0
     )
-    experts = nn.Parameter(torch.randn(num_experts, HIDDEN) * 0.1)
-    teacher, teacher_gate = torch.randn(num_experts, HIDDEN) * 0.1, torch.randn(num_experts, HIDDEN)
+    experts = nn.Parameter(torch.randn(num_experts, HIDDEN) * SCALE)
+    teacher, teacher_gate = torch.randn(num_experts, HIDDEN) * SCALE, torch.randn(num_experts, HIDDEN)
     optimizer = torch.optim.Adam([*gate.parameters(), *router.parameters(), experts], lr=LEARNING_RATE)
     open_gates = []
     for _ in range(steps):

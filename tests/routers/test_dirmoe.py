@@ -33,7 +33,7 @@ def router_of(num_experts: int, k: int | tuple[int, int], **options: object) -> 
 def test_calibrated_prior(num_experts: int, k: int, mass: float) -> None:
     """The definitions, by the moments of the Dirichlet law itself."""
     ratio = routers.calibrate_ratio(mass, k, num_experts)
-    base = torch.cat([torch.full((k,), ratio), torch.ones(num_experts - k)]).double()
+    base = torch.tensor([ratio] * k + [1.0] * (num_experts - k), dtype=torch.float64)
     mean = base / base.sum()
     assert_near(mean[:k].sum(), torch.tensor(mass, dtype=torch.float64), 1e-12, "mass")
     least = routers.mean_simpson(k, num_experts, ratio)
