@@ -23,8 +23,8 @@ class DirMoERouter(Router):
 
     The model's own gate gives the logits of ``z = sigmoid((logits + bias + Logistic) / temperature)``; a bias of each
     expert is learnt beside it, since a gate made for softmax knows no zero. Two heads on the hidden state give
-    concentrations ``alpha_lo = floor + softplus(.)`` of closed and ``alpha_hi = alpha_lo + floor + softplus(.)`` of open
-    gates, for each expert. In training ``theta ~ Dir(q)``, ``q = concentration (z alpha_hi +
+    concentrations ``alpha_lo = floor + softplus(.)`` of closed and ``alpha_hi = alpha_lo + floor + softplus(.)`` of
+    open gates, for each expert. In training ``theta ~ Dir(q)``, ``q = concentration (z alpha_hi +
     (1 - z) alpha_lo)``, and the ``k_max`` largest entries of ``r = z theta / sum(z theta)`` are the weights. In
     evaluation the experts with a positive logit are taken, their number clamped to the band, and weighted by the
     posterior's mean.
