@@ -39,7 +39,13 @@ def train_toy(num_experts: int, k: int, sparsity_weight: float, steps: int, seed
     torch.manual_seed(seed)
     gate = nn.Linear(HIDDEN, num_experts, bias=False)
     router = make_router(
-        "dirmoe", num_experts=num_experts, k=k, hidden_size=HIDDEN, sparsity_weight=sparsity_weight, gate_bias=0.0
+        "dirmoe",
+        num_experts=num_experts,
+        k=k,
+        hidden_size=HIDDEN,
+        normalize=k > 1,  # the weight of a single expert would be 1, whatever its gate
+        sparsity_weight=sparsity_weight,
+        gate_bias=0.0,
     )
     experts = nn.Parameter(torch.randn(num_experts, HIDDEN) * SCALE)
     teacher, teacher_gate = torch.randn(num_experts, HIDDEN) * SCALE, torch.randn(num_experts, HIDDEN)
@@ -76,7 +82,7 @@ def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main(steps: int = 1500) -> None:
+def main(steps: int = 1600) -> None:
     """Runs all sizes, prints where they end, and writes curves and plot."""
     torch.set_num_threads(1)
     curves: dict[str, dict[str, list[float]]] = {}
