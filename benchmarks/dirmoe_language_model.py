@@ -45,6 +45,7 @@ class ReLURouter(Router):
     def __init__(self, num_experts: int, k: ExpertsPerToken, *, active: int, factor: float = 1.2) -> None:
         super().__init__(num_experts, k, active=active, factor=factor)
         self.active, self.factor, self.coefficient = active, factor, 1e-8
+        self.share = float(num_experts)
 
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route ``[T, E]`` logits to weights and indices ``[T, E]``; experts that are not used have index E."""
@@ -53,8 +54,8 @@ class ReLURouter(Router):
         indices = torch.where(used, torch.arange(self.num_experts, device=logits.device), self.num_experts)
         if self.training:
             penalty = self.coefficient * weights.float().sum(-1).mean() / self.active
-            share = float(used.float().sum(-1).mean())
-            self.coefficient *= self.factor if share > self.active else 1 / self.factor
+            self.share = float(used.float().sum(-1).mean())
+            self.coefficient *= self.factor if self.share > self.active else 1 / self.factor
             weights = self.join_loss(weights, penalty, "l1")
         return weights, indices
 
@@ -99,7 +100,7 @@ def train(steps: int, seed: int) -> dict[str, Any]:
         for name, model in models.items()
     }
     result: dict[str, Any] = {name: {"loss": [], "milliseconds": []} for name in models}
-    result["dirmoe"]["open_gates"] = []
+    result["dirmoe"]["open_gates"], result["remoe"]["active_experts"] = [], []
     order = list(models)
     for step, ids in enumerate(data):
         random.Random(step).shuffle(order)
@@ -118,6 +119,8 @@ def train(steps: int, seed: int) -> dict[str, Any]:
             result[name]["loss"].append(float(loss.detach()))
         gates = [float(router.open_gates) for router in dirmoe_routers(models["dirmoe"])]
         result["dirmoe"]["open_gates"].append(sum(gates) / len(gates))
+        shares = [module.share for module in models["remoe"].modules() if isinstance(module, ReLURouter)]
+        result["remoe"]["active_experts"].append(sum(shares) / len(shares))
         if step % 20 == 19:
             print(f"step {step + 1}: " + ", ".join(f"{n} {result[n]['loss'][-1]:.3f}" for n in models), flush=True)
     for name, model in models.items():
@@ -162,7 +165,8 @@ def main() -> None:
         )
         one["loss"] = [round(value, 4) for value in one["loss"]]
         del one["milliseconds"]
-    result["dirmoe"]["open_gates"] = [round(value, 3) for value in result["dirmoe"]["open_gates"]]
+    for name, counts in (("dirmoe", "open_gates"), ("remoe", "active_experts")):
+        result[name][counts] = [round(value, 3) for value in result[name][counts]]
     record = {"machine": machine(), "steps": options.steps, "seed": options.seed, "routers": result}
     (ROOT / "docs" / "dirmoe_language_model.json").write_text(json.dumps(record) + "\n")
     try:
