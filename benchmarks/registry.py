@@ -239,7 +239,13 @@ _ALL = (
 )
 
 
-def _law(name: str, function: Callable[..., Tensor], peer: Callable[..., Tensor], peer_name: str) -> Benchmark:
+def _law(
+    name: str,
+    function: Callable[..., Tensor],
+    peer: Callable[..., Tensor],
+    peer_name: str,
+    target: float | None = None,
+) -> Benchmark:
     """A function of concentrations exp(logits)."""
 
     def make(function: Callable[..., Tensor]) -> Make:
@@ -249,15 +255,19 @@ def _law(name: str, function: Callable[..., Tensor], peer: Callable[..., Tensor]
 
         return bound
 
-    return Benchmark(name, make(function), make(peer), peer_name)
+    return Benchmark(name, make(function), make(peer), peer_name, suite=(Case(),), target=target)
 
 
-def _law_backward(name: str, function: Callable[..., Tensor], peer: Callable[..., Tensor], peer_name: str) -> Benchmark:
+def _law_backward(
+    name: str, function: Callable[..., Tensor], peer: Callable[..., Tensor], peer_name: str, target: float
+) -> Benchmark:
     return Benchmark(
         name,
         with_backward(lambda logits, k: function(logits.exp())),
         with_backward(lambda logits, k: peer(logits.exp())),
         peer_name,
+        suite=(Case(),),
+        target=target,
     )
 
 
@@ -307,8 +317,8 @@ _LAWS = (
         suite=(Case(),),
         target=0.2,
     ),
-    _law("dirichlet_sample", ops.dirichlet_sample, torch._sample_dirichlet, "torch._sample_dirichlet"),
-    _law_backward("dirichlet_sample_backward", ops.dirichlet_sample, _torch_dirichlet, "torch Dirichlet.rsample"),
+    _law("dirichlet_sample", ops.dirichlet_sample, torch._sample_dirichlet, "torch._sample_dirichlet", 0.25),
+    _law_backward("dirichlet_sample_backward", ops.dirichlet_sample, _torch_dirichlet, "torch Dirichlet.rsample", 0.2),
     _law_pair(
         "dirichlet_log_prob",
         lambda alpha, theta: torch.distributions.Dirichlet(alpha, validate_args=False).log_prob(theta),
