@@ -59,7 +59,9 @@ PM_INLINE uint32_t pm_random_word(uint64_t seed, uint64_t row, uint32_t draw, ui
   counter[2] = (uint32_t)(row >> 32);
   counter[3] = purpose;
   pm_philox(seed, counter);
-  return counter[draw % 4];
+  /* selected, not indexed: a GPU's registers have no addresses */
+  const uint32_t low = draw & 1 ? counter[1] : counter[0], high = draw & 1 ? counter[3] : counter[2];
+  return draw & 2 ? high : low;
 }
 
 /* Uniforms in [0, 1): 24 bits in single, 53 in double precision; both round down, so 1 is never returned. */

@@ -1,9 +1,18 @@
 /* CUDA launchers: raw device pointers, int64 sizes, a stream. No torch, no allocation, no synchronisation.
  *
  * Each queues its work on `stream` of the current device and returns the launch's status; outputs are written when the
- * stream gets there. Layout and meaning are those of csrc/probmoe.h, with these differences: E <= PM_CUDA_MAX_EXPERTS,
- * and a row with fewer than k_min unmasked experts is answered as a NaN row (weights NaN, indices 0, 1, 2, ...), since
- * no row can be named without waiting for the device. */
+ * stream gets there. Layout and meaning are those of csrc/probmoe.h, with these differences:
+ *   - E <= PM_CUDA_MAX_EXPERTS; all of logits, vectors and outputs of a call have the type `dtype`.
+ *   - A row with fewer than k_min unmasked experts is answered as a NaN row (NaN, indices 0, 1, 2, ...), since no row
+ *     can be named without waiting for the device. So is, by pm_cuda_subset_log_prob, one with an index outside 0..E.
+ *   - `seed` points to the device: the kernel reads it, so that a captured graph draws anew when it is replayed.
+ *   - `scratch` is device memory of pm_cuda_scratch_size(shape, dtype) bytes, aligned to 16, and may be NULL where
+ *     that is 0, as it is for all shapes of practice. Calls on one stream may share it.
+ *
+ * PRECISION. float32, bfloat16 and float16 rows of up to 256 experts and subsets of up to 8 are computed in single
+ * precision (within the promises of csrc/probmoe.h), larger ones and float64 in double. log Z, the sizes'
+ * probabilities, the entropy and log-probabilities are computed in double always, as on the CPU: they are sums in which
+ * large terms of both signs meet. The mode needs comparisons alone and is in the type of its logits. */
 #ifndef PROBMOE_CUDA_H
 #define PROBMOE_CUDA_H
 
@@ -23,14 +32,48 @@ typedef enum pm_dtype { PM_F32 = 0, PM_F64 = 1, PM_BF16 = 2, PM_F16 = 3 } pm_dty
 typedef int pm_cuda_status;
 const char *pm_cuda_error_text(pm_cuda_status status);
 
-/* The mode with softmax weights: pm_route with PM_FORWARD_MODE. weights [T, k_max] in the type of logits. */
-pm_cuda_status pm_cuda_route_mode(const pm_shape *shape, pm_dtype dtype, const void *logits, int normalize,
-                                  void *weights, int64_t *indices, void *stream);
+/* Bytes of scratch that suffice for every launcher at this shape. */
+int64_t pm_cuda_scratch_size(const pm_shape *shape, pm_dtype dtype);
 
-/* pm_route_backward with PM_BACKWARD_STRAIGHT_THROUGH: grad_logits = J_softmax^T (h z). All of `dtype`. */
-pm_cuda_status pm_cuda_route_straight_through(const pm_shape *shape, pm_dtype dtype, const void *logits,
-                                              const int64_t *indices, const void *grad_weights, int normalize,
-                                              void *grad_logits, void *stream);
+/* ---- the subset family -------------------------------------------------------------------------------------- */
+
+/* out [T] */
+pm_cuda_status pm_cuda_subset_log_partition(const pm_shape *shape, pm_dtype dtype, const void *logits, void *out,
+                                            void *scratch, void *stream);
+pm_cuda_status pm_cuda_subset_entropy(const pm_shape *shape, pm_dtype dtype, const void *logits, void *out,
+                                      void *scratch, void *stream);
+/* out [T, k_max-k_min+1] */
+pm_cuda_status pm_cuda_subset_cardinality(const pm_shape *shape, pm_dtype dtype, const void *logits, void *out,
+                                          void *scratch, void *stream);
+/* grad [T, k_max-k_min+1], grad_logits [T, E] */
+pm_cuda_status pm_cuda_subset_cardinality_backward(const pm_shape *shape, pm_dtype dtype, const void *logits,
+                                                   const void *grad, void *grad_logits, void *scratch, void *stream);
+/* out [T, E] */
+pm_cuda_status pm_cuda_subset_marginals(const pm_shape *shape, pm_dtype dtype, const void *logits, void *out,
+                                        void *scratch, void *stream);
+/* v, out [T, E] */
+pm_cuda_status pm_cuda_subset_covariance_vp(const pm_shape *shape, pm_dtype dtype, const void *logits, const void *v,
+                                            void *out, void *scratch, void *stream);
+/* indices [T, k_max], out [T] */
+pm_cuda_status pm_cuda_subset_log_prob(const pm_shape *shape, pm_dtype dtype, const void *logits,
+                                       const int64_t *indices, void *out, void *scratch, void *stream);
+/* seed [1] on the device, out [T, k_max] */
+pm_cuda_status pm_cuda_subset_sample(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *seed,
+                                     int64_t *out, void *scratch, void *stream);
+/* out [T, k_max] */
+pm_cuda_status pm_cuda_subset_mode(const pm_shape *shape, pm_dtype dtype, const void *logits, int64_t *out,
+                                   void *stream);
+
+/* ---- routing ------------------------------------------------------------------------------------------------ */
+
+/* pm_route: a draw where `seed` (on the device) is given, the mode where it is NULL. weights, indices [T, k_max]. */
+pm_cuda_status pm_cuda_route(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *seed,
+                             int normalize, void *weights, int64_t *indices, void *scratch, void *stream);
+
+/* pm_route_backward. indices, grad_weights [T, k_max], grad_logits [T, E]. */
+pm_cuda_status pm_cuda_route_backward(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *indices,
+                                      const void *grad_weights, pm_backward backward, int normalize, void *grad_logits,
+                                      void *scratch, void *stream);
 
 #ifdef __cplusplus
 }

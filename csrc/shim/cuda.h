@@ -10,6 +10,12 @@
 // Lives in the CUDA builds of torch alone; weak, so that one binary imports everywhere.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void **stream) __attribute__((weak));
 
+// Where the kernels are registered; the test-only emulation registers them elsewhere.
+#ifndef PM_CUDA_NAMESPACE
+#define PM_CUDA_NAMESPACE probmoe_ext
+#define PM_CUDA_KEY CUDA
+#endif
+
 namespace probmoe {
 
 inline pm_dtype element_type(const char *op, const Tensor &tensor) {
@@ -29,33 +35,81 @@ inline void *current_stream(const Tensor &tensor) {
   return stream;
 }
 
-// The shape of dense or row-strided logits; anything else is made dense first.
-inline pm_shape rows_of(const char *op, Tensor &logits, int64_t k_min, int64_t k_max) {
-  if (logits.dim() < 1) fail("probmoe_ext::", op, ": logits must have at least one dimension, the experts'");
-  const int64_t experts = logits.size(logits.dim() - 1);
-  if (experts < 1 || experts > PM_CUDA_MAX_EXPERTS)
-    fail("probmoe_ext::", op, ": on CUDA, logits must have 1 to ", PM_CUDA_MAX_EXPERTS, " experts, not ", experts);
-  if (k_min < 0 || k_min > k_max || k_max > experts)
-    fail("probmoe_ext::", op, ": need 0 <= k_min <= k_max <= ", experts, " experts, not k_min = ", k_min,
-         ", k_max = ", k_max);
-  int64_t stride = experts;
-  if (!logits.is_contiguous()) {
-    if (logits.dim() == 2 && logits.stride(1) == 1 && logits.stride(0) >= experts)
-      stride = logits.stride(0);
-    else
-      logits = torch::stable::contiguous(logits);
+// Logits as the launchers take them: dense or row-strided as they are, anything else made dense first.
+class DeviceRows {
+ public:
+  DeviceRows(const char *name, const Tensor &tensor, int64_t k_min, int64_t k_max)
+      : op(name), type(element_type(name, tensor)), logits(tensor) {
+    if (logits.dim() < 1) fail("probmoe_ext::", op, ": logits must have at least one dimension, the experts'");
+    const int64_t experts = logits.size(logits.dim() - 1);
+    if (experts < 1 || experts > PM_CUDA_MAX_EXPERTS)
+      fail("probmoe_ext::", op, ": on CUDA, logits must have 1 to ", PM_CUDA_MAX_EXPERTS, " experts, not ", experts);
+    if (k_min < 0 || k_min > k_max || k_max > experts)
+      fail("probmoe_ext::", op, ": need 0 <= k_min <= k_max <= ", experts, " experts, not k_min = ", k_min,
+           ", k_max = ", k_max);
+    int64_t stride = experts;
+    if (!logits.is_contiguous()) {
+      if (logits.dim() == 2 && logits.stride(1) == 1 && logits.stride(0) >= experts)
+        stride = logits.stride(0);
+      else
+        logits = torch::stable::contiguous(logits);
+    }
+    shape = pm_shape{logits.numel() / experts, experts, k_min, k_max, stride, 0};
   }
-  return pm_shape{logits.numel() / experts, experts, k_min, k_max, stride, 0};
-}
 
-inline Tensor like(const Tensor &tensor, int64_t width, ScalarType type) {
-  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
-  sizes.back() = width;
-  return torch::stable::new_empty(tensor, sizes, type);
-}
+  const void *data() const { return logits.const_data_ptr(); }
 
-inline void check_launch(const char *op, pm_cuda_status status) {
-  if (status != 0) fail("probmoe_ext::", op, ": CUDA launch failed: ", pm_cuda_error_text(status));
-}
+  // The same rows with `width` columns (none: a scalar a row), uninitialised.
+  Tensor like(std::optional<int64_t> width, ScalarType element) const {
+    std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().end() - 1);
+    if (width) sizes.push_back(*width);
+    return torch::stable::new_empty(logits, sizes, element);
+  }
+  Tensor like(std::optional<int64_t> width) const { return like(width, logits.scalar_type()); }
+
+  // A second input with the rows of the first and `width` dense columns of its type, or of `element`.
+  Tensor companion(const char *name, const Tensor &tensor, int64_t width) const {
+    check_companion(name, tensor, width);
+    const ScalarType element = logits.scalar_type();
+    const Tensor cast = tensor.scalar_type() == element ? tensor : torch::stable::to(tensor, element);
+    return torch::stable::contiguous(cast);
+  }
+  Tensor companion_indices(const Tensor &tensor, int64_t width) const {
+    if (tensor.scalar_type() != ScalarType::Long) fail("probmoe_ext::", op, ": indices must be int64");
+    check_companion("indices", tensor, width);
+    return torch::stable::contiguous(tensor);
+  }
+
+  // Read by the kernel, not here: no wait for the device, and a captured graph draws anew.
+  const int64_t *seed(const std::optional<Tensor> &tensor) const {
+    if (!tensor || tensor->scalar_type() != ScalarType::Long || tensor->numel() != 1 ||
+        tensor->get_device_index() != logits.get_device_index() || tensor->is_cpu() != logits.is_cpu())
+      fail("probmoe_ext::", op, ": seed must be an int64 tensor of one element on the device of logits");
+    return static_cast<const int64_t *>(tensor->const_data_ptr());
+  }
+
+  // Empty for all shapes of practice.
+  Tensor scratch() const {
+    return torch::stable::new_empty(logits, {pm_cuda_scratch_size(&shape, type)}, ScalarType::Byte);
+  }
+  void *stream() const { return current_stream(logits); }
+
+  void check_launch(pm_cuda_status status) const {
+    if (status != 0) fail("probmoe_ext::", op, ": CUDA launch failed: ", pm_cuda_error_text(status));
+  }
+
+  const char *op;
+  pm_dtype type;
+  Tensor logits;
+  pm_shape shape;
+
+ private:
+  void check_companion(const char *name, const Tensor &tensor, int64_t width) const {
+    const bool same_rows = tensor.dim() == logits.dim() && tensor.size(tensor.dim() - 1) == width &&
+                           std::equal(logits.sizes().begin(), logits.sizes().end() - 1, tensor.sizes().begin());
+    if (!same_rows || tensor.get_device_index() != logits.get_device_index() || tensor.is_cpu() != logits.is_cpu())
+      fail("probmoe_ext::", op, ": ", name, " must have the shape and device of logits, with last dimension ", width);
+  }
+};
 
 }  // namespace probmoe

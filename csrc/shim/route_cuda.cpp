@@ -5,43 +5,62 @@
 namespace probmoe {
 namespace {
 
-std::tuple<Tensor, Tensor> route_top_k(Tensor logits, int64_t k, bool normalize) {
-  const char *op = "route_top_k";
-  const pm_dtype type = element_type(op, logits);
-  const pm_shape shape = rows_of(op, logits, k, k);
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  Tensor weights = like(logits, k, logits.scalar_type()), indices = like(logits, k, ScalarType::Long);
-  check_launch(op, pm_cuda_route_mode(&shape, type, logits.const_data_ptr(), normalize, weights.mutable_data_ptr(),
-                                      static_cast<int64_t *>(indices.mutable_data_ptr()), current_stream(logits)));
+using Guard = torch::stable::accelerator::DeviceGuard;
+
+std::tuple<Tensor, Tensor> route(const DeviceRows &rows, const int64_t *seed, bool normalize) {
+  const int64_t k_max = rows.shape.k_max;
+  Tensor weights = rows.like(k_max), indices = rows.like(k_max, ScalarType::Long), scratch = rows.scratch();
+  rows.check_launch(pm_cuda_route(&rows.shape, rows.type, rows.data(), seed, normalize, weights.mutable_data_ptr(),
+                                  static_cast<int64_t *>(indices.mutable_data_ptr()), scratch.mutable_data_ptr(),
+                                  rows.stream()));
   return {weights, indices};
 }
 
-Tensor route_top_k_backward(Tensor grad_weights, Tensor logits, Tensor indices, bool normalize) {
-  const char *op = "route_top_k_backward";
-  const int64_t k = indices.dim() ? indices.size(indices.dim() - 1) : 0;
-  const pm_dtype type = element_type(op, logits);
-  const pm_shape shape = rows_of(op, logits, k, k);
-  const auto is_companion = [&](const Tensor &t) {
-    return t.dim() == logits.dim() && t.numel() == shape.rows * k && t.get_device_index() == logits.get_device_index();
-  };
-  if (!is_companion(grad_weights) || !is_companion(indices) || indices.scalar_type() != ScalarType::Long)
-    fail("probmoe_ext::", op, ": grad_weights and int64 indices must have the shape of logits, with last dimension ",
-         k);
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_weights, logits.scalar_type()));
-  const Tensor chosen = torch::stable::contiguous(indices);
-  Tensor out = like(logits, shape.experts, logits.scalar_type());
-  check_launch(op, pm_cuda_route_straight_through(
-                       &shape, type, logits.const_data_ptr(), static_cast<const int64_t *>(chosen.const_data_ptr()),
-                       grad.const_data_ptr(), normalize, out.mutable_data_ptr(), current_stream(logits)));
+std::tuple<Tensor, Tensor> route_probmoe(Tensor logits, std::optional<Tensor> seed, int64_t k_min, int64_t k_max,
+                                         bool sample, bool normalize,
+                                         bool /* marginal: read by the backward pass alone */) {
+  const Guard guard(logits.get_device_index());
+  const DeviceRows rows("route_probmoe", logits, k_min, k_max);
+  return route(rows, sample ? rows.seed(seed) : nullptr, normalize);
+}
+
+std::tuple<Tensor, Tensor> route_top_k(Tensor logits, int64_t k, bool normalize) {
+  const Guard guard(logits.get_device_index());
+  return route(DeviceRows("route_top_k", logits, k, k), nullptr, normalize);
+}
+
+Tensor route_backward(const DeviceRows &rows, const Tensor &grad_weights, const Tensor &indices, bool normalize,
+                      bool marginal) {
+  const Tensor grad = rows.companion("grad_weights", grad_weights, rows.shape.k_max);
+  const Tensor chosen = rows.companion_indices(indices, rows.shape.k_max);
+  Tensor out = rows.like(rows.shape.experts), scratch = rows.scratch();
+  rows.check_launch(pm_cuda_route_backward(&rows.shape, rows.type, rows.data(),
+                                           static_cast<const int64_t *>(chosen.const_data_ptr()), grad.const_data_ptr(),
+                                           marginal ? PM_BACKWARD_MARGINAL : PM_BACKWARD_STRAIGHT_THROUGH, normalize,
+                                           out.mutable_data_ptr(), scratch.mutable_data_ptr(), rows.stream()));
   return out;
+}
+
+Tensor route_probmoe_backward(Tensor grad_weights, Tensor logits, Tensor indices, int64_t k_min, int64_t k_max,
+                              bool normalize, bool marginal) {
+  const Guard guard(logits.get_device_index());
+  return route_backward(DeviceRows("route_probmoe_backward", logits, k_min, k_max), grad_weights, indices, normalize,
+                        marginal);
+}
+
+Tensor route_top_k_backward(Tensor grad_weights, Tensor logits, Tensor indices, bool normalize) {
+  const Guard guard(logits.get_device_index());
+  const int64_t k = indices.dim() ? indices.size(indices.dim() - 1) : 0;
+  return route_backward(DeviceRows("route_top_k_backward", logits, k, k), grad_weights, indices, normalize, false);
 }
 
 }  // namespace
 }  // namespace probmoe
 
-STABLE_TORCH_LIBRARY_IMPL(probmoe_ext, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(PM_CUDA_NAMESPACE, PM_CUDA_KEY, m) {
   m.impl("route_top_k", TORCH_BOX(&probmoe::route_top_k));
   m.impl("route_top_k_backward", TORCH_BOX(&probmoe::route_top_k_backward));
+  m.impl("route_probmoe", TORCH_BOX(&probmoe::route_probmoe));
+  m.impl("route_probmoe_backward", TORCH_BOX(&probmoe::route_probmoe_backward));
 }
 #endif

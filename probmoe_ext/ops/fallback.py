@@ -14,15 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, reference
+from .. import _C, reference  # noqa: F401  (_C registers the kernels that the build has)
 from ..reference import dirmoe
 from ..reference.gamma import with_implicit_gradient
 from .subset import k_hot
-
-COMPILED = (
-    frozenset({"route_top_k", "route_top_k_backward"}) if _C.build_info()["cuda"] is not None else frozenset[str]()
-)
-"""Operators with CUDA kernels in this build; the rest fall back."""
 
 
 def cardinality_backward(grad: Tensor, logits: Tensor, k_min: int, k_max: int) -> Tensor:
@@ -214,6 +209,11 @@ FALLBACKS: dict[str, Callable[..., Any]] = {
     "relaxed_top_k_backward": _gradient(reference.gumbel.relaxed_from_keys),
 }
 """By raw operator, with its arguments."""
+
+COMPILED = frozenset(
+    name for name in FALLBACKS if torch._C._dispatch_has_kernel_for_dispatch_key(f"probmoe_ext::{name}", "CUDA")
+)
+"""Those with CUDA kernels in this build, as far as it has been compiled with nvcc: all of them. The rest fall back."""
 
 
 def _warning_once(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,36 @@
+// Between the public launchers (probmoe_cuda.cu) and the kernel files. Each picks the instantiation for the shape.
+#pragma once
+
+#include "launch.cuh"
+
+namespace probmoe {
+
+// Whether the tree of tree.cuh serves: the shapes of practice, in single precision.
+inline bool tree_serves(const Job &job) {
+  return job.dtype != PM_F64 && job.shape.experts <= 256 && job.shape.k_max <= 8;
+}
+
+// select.cu. The weights are left out where job.out is NULL.
+pm_cuda_status draw(const Job &job, void *stream);  // needs tree_serves
+pm_cuda_status mode(const Job &job, void *stream);
+
+// gradient.cu. `routing`: job.vector is grad_weights, not v; straight through needs no more than 256 experts and float.
+pm_cuda_status marginals(const Job &job, void *stream);
+pm_cuda_status gradient(const Job &job, bool routing, void *stream);
+
+// general.cu: any shape, in double precision.
+enum class Operation {
+  log_partition,
+  cardinality,
+  log_prob,
+  sample,
+  entropy,
+  marginals,
+  cardinality_backward,
+  covariance_vp,
+  route_backward
+};
+pm_cuda_status general(const Job &job, Operation operation, void *stream);
+int64_t general_scratch(const pm_shape &shape);
+
+}  // namespace probmoe
