@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(wildcard setup.py pyproject.toml csrc/*.[ch] csrc/*/*.[ch] csrc/shim/*.cpp cuda/*)
 
-.PHONY: demo test bench lint format core clean
+.PHONY: demo test bench lint format core check-cuda clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-train
@@ -30,6 +30,9 @@ format: .venv/installed-dev
 
 core:
 	$(MAKE) -C csrc
+
+check-cuda: .venv/installed-dev
+	$(BIN)/python tools/check_cuda.py
 
 # A torch that the interpreter already has is used as it is (a CUDA build, say); otherwise TORCH is installed.
 .venv/pyvenv.cfg:

@@ -1,0 +1,43 @@
+"""The check of what nvcc made finds what it is for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+PATH = Path(__file__).parents[1] / "tools/check_cuda.py"
+SPEC = importlib.util.spec_from_file_location("check_cuda", PATH)
+assert SPEC is not None and SPEC.loader is not None
+check_cuda = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(check_cuda)
+
+USAGE = """
+ Function _ZN7probmoe11draw_kernelILi8EEEv:
+  REG:124 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[2]:32 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN7probmoe13sample_kernelENS_3JobE:
+  REG:72 STACK:24 SHARED:0 LOCAL:0 CONSTANT[0]:1040 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+SASS = """
+		Function : _ZN7probmoe15gradient_kernelILi8EEEv
+        /*0010*/                   {instruction} ;                 /* 0x000000ff0aff7624 */
+		Function : _ZN7probmoe14tangent_kernelENS_3JobE
+        /*0010*/                   DFMA R8, R8, R4, R6 ;           /* 0x000000ff0aff7624 */
+"""
+
+
+def test_local_memory() -> None:
+    assert check_cuda.local_memory(USAGE.format(stack=0)) == []
+    (found,) = check_cuda.local_memory(USAGE.format(stack=8))
+    assert "draw_kernel" in found and "8 bytes of stack" in found
+
+
+def test_double_precision() -> None:
+    assert check_cuda.double_precision(SASS.format(instruction="FFMA R8, R8, R4, R6")) == (1, [])
+    for instruction in (
+        "DADD R8, R8, R4",
+        "@P0 DSETP.GT.AND P0, PT, R4, RZ, PT",
+        "F2F.F64.F32 R4, R4",
+        "MUFU.RCP64H R5, R7",
+    ):
+        _, found = check_cuda.double_precision(SASS.format(instruction=instruction))
+        assert len(found) == 1 and instruction in found[0]
