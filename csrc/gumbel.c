@@ -37,7 +37,7 @@ static pm_status check_choices(const pm_shape *shape, const int64_t *indices) {
                         .scratch = scratch,                                                                          \
                         .seed = seed,                                                                                \
                         .is_double = type_is_double};                                                                \
-    return pm_kernels_in_use(type_is_double)->gumbel_top_k(&job);                                                    \
+    return pm_kernels_for(type_is_double, shape->rows)->gumbel_top_k(&job);                                          \
   }                                                                                                                  \
   pm_status pm_relaxed_top_k_##suffix(const pm_shape *shape, const type *logits, double temperature, uint64_t seed,  \
                                       type *out, type *keys, void *scratch) {                                        \
@@ -51,7 +51,7 @@ static pm_status check_choices(const pm_shape *shape, const int64_t *indices) {
                         .is_double = type_is_double,                                                                 \
                         .temperature = temperature,                                                                  \
                         .keys = keys};                                                                               \
-    return pm_kernels_in_use(type_is_double)->relaxed_top_k(&job);                                                   \
+    return pm_kernels_for(type_is_double, shape->rows)->relaxed_top_k(&job);                                         \
   }                                                                                                                  \
   pm_status pm_relaxed_top_k_backward_##suffix(const pm_shape *shape, const type *keys, const type *grad,            \
                                                double temperature, type *grad_logits, void *scratch) {               \
@@ -65,7 +65,7 @@ static pm_status check_choices(const pm_shape *shape, const int64_t *indices) {
                         .scratch = scratch,                                                                          \
                         .is_double = type_is_double,                                                                 \
                         .temperature = temperature};                                                                 \
-    return pm_kernels_in_use(type_is_double)->relaxed_top_k_backward(&job);                                          \
+    return pm_kernels_for(type_is_double, shape->rows)->relaxed_top_k_backward(&job);                                \
   }                                                                                                                  \
   pm_status pm_gumbel_sigmoid_##suffix(const pm_shape *shape, const type *logits, double temperature, uint64_t seed, \
                                        type *out, void *scratch) {                                                   \
@@ -78,7 +78,7 @@ static pm_status check_choices(const pm_shape *shape, const int64_t *indices) {
                         .seed = seed,                                                                                \
                         .is_double = type_is_double,                                                                 \
                         .temperature = temperature};                                                                 \
-    return pm_kernels_in_use(type_is_double)->gumbel_sigmoid(&job);                                                  \
+    return pm_kernels_for(type_is_double, shape->rows)->gumbel_sigmoid(&job);                                        \
   }
 
 PM_GUMBEL(f32, float, 0)
@@ -97,7 +97,7 @@ PM_GUMBEL(f64, double, 1)
                   .scratch = scratch,                                                                                \
                   .is_double = type_is_double};                                                                      \
     job.shape.k_min = 0;                                                                                             \
-    return pm_kernels_in_use(1)->plackett_luce_log_prob(&job);                                                       \
+    return pm_kernels_for(1, shape->rows)->plackett_luce_log_prob(&job);                                             \
   }                                                                                                                  \
   pm_status pm_plackett_luce_log_prob_backward_##suffix(const pm_shape *shape, const type *logits,                   \
                                                         const int64_t *indices, const type *grad, type *grad_logits, \
@@ -113,7 +113,7 @@ PM_GUMBEL(f64, double, 1)
                   .scratch = scratch,                                                                                \
                   .is_double = type_is_double};                                                                      \
     job.shape.k_min = 0;                                                                                             \
-    return pm_kernels_in_use(1)->plackett_luce_log_prob_backward(&job);                                              \
+    return pm_kernels_for(1, shape->rows)->plackett_luce_log_prob_backward(&job);                                    \
   }
 
 PM_PLACKETT_LUCE(f32, float, 0)

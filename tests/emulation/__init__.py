@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -28,9 +29,9 @@ _ADAPTER_FLAGS += ('-DPM_CUDA_VERSION="emulated"', f"-DPM_CUDA_NAMESPACE={NAMESP
 
 
 def operators() -> list[str]:
-    """The raw operators, which all have CUDA kernels."""
-    names = (schema.name for schema in torch._C._jit_get_all_schemas())
-    return sorted(name.removeprefix("probmoe_ext::") for name in names if name.startswith("probmoe_ext::"))
+    """The raw operators that have CUDA kernels: those that the adapters register."""
+    adapters = (path.read_text() for path in (ROOT / "csrc/shim").glob("*_cuda.cpp"))
+    return sorted(name for text in adapters for name in re.findall(r'm\.impl\("(\w+)"', text))
 
 
 @cache
