@@ -14,7 +14,7 @@ demo: .venv/installed-train
 test: .venv/installed-test
 	$(BIN)/python -m pytest
 
-bench: .venv/installed-bench
+bench: .venv/installed-test
 	$(BIN)/python -m benchmarks.run --record
 
 lint: .venv/installed-dev
