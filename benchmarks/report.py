@@ -109,7 +109,7 @@ def publish(document: dict[str, Any], results: Path) -> None:
         from . import plot
     except ModuleNotFoundError as missing:
         print(
-            f"benchmarks: no plot, {missing.name} is not installed (pip install 'probmoe_ext[bench]')", file=sys.stderr
+            f"benchmarks: no plot, {missing.name} is not installed (pip install 'probmoe_ext[test]')", file=sys.stderr
         )
     else:
         plot.cost(document, results.parent / "cost.svg")
