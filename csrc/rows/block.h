@@ -52,7 +52,8 @@ typedef struct block {
   int by_powers;        /* general blocks, not normalised: scaled by the power of two below the odds */
   vint base_size;       /* j0 */
   double lambda[LANES]; /* the tilt (in plain blocks of double precision, and in general ones) */
-  real enough[2];       /* the odds that a plain block's experts need: for j0 = a, and for j0 = b */
+  real losable;         /* plain blocks: what may underflow, as a share of exp(sum of the odds) and of the promise */
+  vreal least_total;    /* ... and the Z beside which that is negligible */
 } block;
 
 PM_ALWAYS_INLINE int64_t segment_length(int64_t E, int64_t b, int width) {

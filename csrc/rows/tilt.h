@@ -5,10 +5,9 @@
  *
  * Plain, 1 + exp(x_i) X. lambda = logsumexp(r) - log j0 makes the odds j0 softmax(r), which routing needs anyway: no
  *   second exp, and one multiply-add a cell. Rounded to a power of two, it rounds nothing else. The odds then sum to at
- *   most 1.5 k_max, and no coefficient exceeds exp(1.5 k_max). What underflows on the way is lost: at most
- *   2 E k_max exp(1.5 k_max) times the smallest normal number, to be negligible beside Z even for a marginal of 1e-12.
- * As e_j0 >= t^j0 when j0 odds reach t, counting them tells beforehand: logits of ordinary spread pass, peaked ones do
- * not.
+ *   most 1.5 k_max, and no coefficient exceeds exp(their sum). What underflows on the way is lost: at most
+ *   2 E k_max exp(sum) times the smallest normal number, to be negligible beside Z even for a marginal of 1e-12. Z says
+ *   whether it was; logits so peaked that fewer than j0 experts have odds of 2^-8 are not tried.
  *
  * Scaled, each factor divided by its larger coefficient. lambda is the j0-th largest logit, so that the mode itself has
  *   the product 1: Z >= 1 whatever the logits, and Z <= sum of C(E, j). No exponent is lost at either end, and the
@@ -80,21 +79,17 @@ static void block_load(block *k, const pm_job *job, int64_t row, int64_t rows) {
 
 /* ---- plain ---------------------------------------------------------------------------------------------------- */
 
-/* The plain form is worth trying for this k_max: exp(1.5 k_max) stays far inside the range. */
+/* The plain form can be tried for this k_max: exp(1.5 k_max) stays far inside the range. */
 PM_ALWAYS_INLINE int plain_is_possible(int b) { return b <= (PM_REAL_BITS == 32 ? PM_SINGLE_MAX_K : 256); }
 
 static void prepare_plain(block *k) {
   /* 1 / (smallest promised marginal x its relative error) */
   const double negligible = PM_REAL_BITS == 32 ? 1e17 : 1e27;
-  const int sizes[2] = {k->a, k->b};
-  for (int end = 0; end < 2; ++end) {
-    const int size = sizes[end];
-    const double least = log((double)k->E * k->b * 2 * (double)PM_REAL_TINY * negligible) + 1.5 * k->b;
-    k->enough[end] = (real)(size > 0 ? exp(least / size) : 0);
-  }
+  k->losable = (real)((double)k->E * k->b * 2 * (double)PM_REAL_TINY * negligible);
 }
 
-/* Fills w and `sizes`; returns the rows for which the plain form loses nothing. */
+/* Fills w and `sizes`; returns the rows that are worth trying. Those whose `total` is then at least `least_total` have
+ * lost nothing. */
 static vmask tilt_plain(block *k) {
   const int64_t E = k->E;
   const int a = k->a, b = k->b;
@@ -127,13 +122,13 @@ static vmask tilt_plain(block *k) {
   for (int l = 0; l < LANES; ++l)
     k->lambda[l] = tilted[l] ? k->base[l] + (k->exponent[l] - exponent[l]) * 0.69314718055994531 : 0;
 #endif
-  const vreal needed = select_(large, splat(k->enough[1]), splat(k->enough[0]));
-  vint enough = {0}; /* experts with the odds that guarantee Z */
+  vint likely = {0}; /* experts that are not out of the question */
   for (int64_t i = 0; i < E; ++i) {
     k->w[i] = k->e[i] * power;
-    enough = count_where_at_most(enough, 1, needed, k->w[i]);
+    likely = count_where_at_most(likely, 1, splat((real)0x1p-8), k->w[i]);
   }
-  return (vmask)(enough >= k->base_size);
+  k->least_total = exp_(k->sum * power) * k->losable;
+  return (vmask)(likely >= k->base_size);
 }
 
 /* ---- general -------------------------------------------------------------------------------------------------- */
@@ -274,9 +269,9 @@ static void tilt_general(block *k, int by_powers) {
   weigh_sizes(k);
 }
 
-/* Calls body(job, block, row, wanted lanes) for every block of rows: for those that are safe in the plain form, and
- * for the others in a general one, scaled by powers of two if `by_powers`. Either way a row is answered from its own
- * numbers alone. */
+/* Calls body(job, block, row, wanted lanes) for every block of rows: in the plain form for those that are worth it, and
+ * for the others, and those that lost something, in a general one, scaled by powers of two if `by_powers`, whose answer
+ * replaces the first. Either way a row is answered from its own numbers alone. */
 typedef void (*block_body)(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted);
 
 PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, int by_powers, block_body plain_body,
@@ -292,9 +287,11 @@ PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, int by_p
     infeasible |= k.infeasible;
     vmask wanted = first_lanes(rows);
     if (plain) {
-      const vmask safe = wanted & tilt_plain(&k);
-      if (any(safe)) plain_body(job, &k, row, rows, safe);
-      wanted &= ~safe;
+      const vmask tried = wanted & tilt_plain(&k);
+      if (any(tried)) {
+        plain_body(job, &k, row, rows, tried);
+        wanted &= ~(tried & (vmask)(k.total >= k.least_total));
+      }
     }
     if (any(wanted)) {
       tilt_general(&k, by_powers);
