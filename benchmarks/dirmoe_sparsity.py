@@ -65,14 +65,14 @@ def train_toy(num_experts: int, k: int, sparsity_weight: float, steps: int, seed
     return open_gates
 
 
-def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """One panel for each size."""
+def draw(curves: dict[str, dict[str, list[float]]], stride: int, path: Path) -> None:
+    """One panel for each size; a curve's values are ``stride`` steps apart."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     for axes, (size, by_weight) in zip(figure.subplots(2, 3).flat, curves.items(), strict=True):
         for weight, values in by_weight.items():
-            axes.plot(values, label=f"weight {weight}", linewidth=1)
+            axes.plot(range(0, stride * len(values), stride), values, label=f"weight {weight}", linewidth=1)
         axes.axhline(int(size.split(",")[1]), color="black", linewidth=0.8, linestyle=":", label="target k")
         axes.set_title(f"(E, k) = ({size})", fontsize=9)
         axes.set_ylim(bottom=0)
@@ -86,16 +86,17 @@ def main(steps: int = 1600) -> None:
     """Runs all sizes, prints where they end, and writes curves and plot."""
     torch.set_num_threads(1)
     curves: dict[str, dict[str, list[float]]] = {}
+    stride = max(steps // 150, 1)
     for num_experts, k in SIZES:
         curves[f"{num_experts},{k}"] = {}
         for weight in WEIGHTS:
             values = train_toy(num_experts, k, weight, steps)
             end = sum(values[-100:]) / 100
             print(f"E={num_experts:<3} k={k}  weight {weight:<5} open gates {end:7.3f}  off by {abs(end / k - 1):.1%}")
-            curves[f"{num_experts},{k}"][str(weight)] = [round(value, 4) for value in values[:: max(steps // 150, 1)]]
+            curves[f"{num_experts},{k}"][str(weight)] = [round(value, 4) for value in values[::stride]]
     (ROOT / "docs" / "dirmoe_sparsity.json").write_text(json.dumps(curves) + "\n")
     try:
-        draw(curves, ROOT / "docs" / "dirmoe_sparsity.svg")
+        draw(curves, stride, ROOT / "docs" / "dirmoe_sparsity.svg")
     except ImportError:
         print("matplotlib is not installed: no plot")
 
