@@ -157,10 +157,13 @@ class DirMoERouter(Router):
         )
         weights = weights.to(logits.dtype)
         if self.training:
-            tokens = max(len(logits), 1)
-            sparsity = (open_gates - self.target).square().sum() / tokens
+            penalty = (open_gates - self.target).square()
+            tokens: int | torch.Tensor = max(len(logits), 1)
+            if self.token_mask is not None:  # padding counts for nothing
+                kl, penalty, open_gates = (torch.where(self.token_mask, x, 0) for x in (kl, penalty, open_gates))
+                tokens = self.token_mask.sum().clamp(min=1)
             weights = self.join_loss(weights, self.kl_weight * kl.sum() / tokens, "kl")
-            weights = self.join_loss(weights, self.sparsity_weight * sparsity, "sparsity")
+            weights = self.join_loss(weights, self.sparsity_weight * penalty.sum() / tokens, "sparsity")
             self.open_gates = open_gates.detach().sum() / tokens
         return weights, indices
 

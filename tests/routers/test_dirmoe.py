@@ -13,6 +13,7 @@ from benchmarks.dirmoe_sparsity import train_toy
 from probmoe_ext import routers
 from probmoe_ext.hf import restore_router, routing_of, swap_router
 from probmoe_ext.routers import DirMoERouter, aux_losses, make_router
+from probmoe_ext.routers.base import TokenMask
 from tests.contract import assert_near
 
 H, T = 12, 64
@@ -180,6 +181,30 @@ def test_losses_are_those_of_the_definition() -> None:
 
     for joined, stated in zip(gradients(False), gradients(True), strict=True):
         assert_near(joined, stated, 1e-4 * float(stated.abs().max()), "gradient")
+
+
+def test_padding_counts_for_nothing() -> None:
+    """With some tokens masked, losses, their gradients and the count of open gates are those of the others alone."""
+    router = make_router("dirmoe", num_experts=6, k=2, hidden_size=5)
+    assert isinstance(router, DirMoERouter)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    states = torch.randn(9, 5, generator=torch.Generator().manual_seed(2))
+    logits = torch.randn(9, 6, generator=torch.Generator().manual_seed(3))
+    seen = []
+    for mask in (None, torch.arange(9) < 4):
+        torch.manual_seed(4)
+        router.zero_grad()
+        router.token_mask_cell = TokenMask()
+        router.token_mask_cell.value = mask
+        count = 4 if mask is None else 9  # draws are counted by row: the first four are the same
+        weights, _ = router(states[:count], logits[:count])
+        (0 * weights.sum()).backward()
+        gradients = [parameter.grad.clone() for parameter in router.parameters()]  # type: ignore[union-attr]
+        seen.append((*aux_losses(router).values(), router.open_gates, *gradients))
+    for alone, masked in zip(*seen, strict=True):
+        assert_near(masked, alone, 1e-6, "masked")
 
 
 def test_evaluation_takes_the_largest_gates() -> None:
