@@ -32,7 +32,7 @@ PM_ALWAYS_INLINE int64_t rows_left(const pm_law_job *job, int64_t row) {
 
 /* One number a row, in and out. */
 PM_ALWAYS_INLINE vreal load_scalars(const source *in, int64_t row, int64_t rows) {
-  vreal x;
+  vreal x = {0};
   for (int l = 0; l < LANES; ++l) x[l] = read_(in, l < rows ? row + l : row + rows - 1, 0);
   return x;
 }

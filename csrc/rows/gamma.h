@@ -213,7 +213,7 @@ PM_ALWAYS_INLINE vreal load_elements(const void *from, int is_double, int64_t at
     return whole;
   }
   const source in = {from, 0, is_double};
-  vreal x;
+  vreal x = {0};
   for (int l = 0; l < LANES; ++l) x[l] = read_(&in, 0, at + l < count ? at + l : count - 1);
   return x;
 }

@@ -141,7 +141,7 @@ PM_ALWAYS_INLINE unsigned lanes_of(vmask mask) {
 PM_ALWAYS_INLINE int any(vmask mask) { return lanes_of(mask) != 0; }
 
 PM_ALWAYS_INLINE vint lane_numbers(void) {
-  vint lane;
+  vint lane = {0};
   for (int l = 0; l < LANES; ++l) lane[l] = l;
   return lane;
 }
@@ -158,7 +158,7 @@ PM_ALWAYS_INLINE vreal pick(const vreal *from, vint at) {
 #elif PM_VECTOR_BYTES == 32 && defined(__AVX2__) && PM_REAL_BITS == 32
   return (vreal)_mm256_i32gather_ps((const float *)from, (__m256i)(at * LANES + lane), 4);
 #else
-  vreal picked;
+  vreal picked = {0};
   for (int l = 0; l < LANES; ++l) picked[l] = ((const real *)from)[at[l] * LANES + lane[l]];
   return picked;
 #endif
