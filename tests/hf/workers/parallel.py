@@ -107,14 +107,19 @@ def fsdp2() -> None:
     check_averaged(model, model, expected)
 
 
-def loaded(**options: Any) -> Any:
-    """A model that the library splits as it loads it."""
+def saved() -> str:
+    """A folder with a model that one process made and all see."""
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     if dist.get_rank() == 0:
         tiny("olmoe").save_pretrained(folder[0])
     dist.barrier()
-    return AutoModelForCausalLM.from_pretrained(folder[0], **options)
+    return folder[0]
+
+
+def loaded(**options: Any) -> Any:
+    """A model that the library splits as it loads it."""
+    return AutoModelForCausalLM.from_pretrained(saved(), **options)
 
 
 def check_split(model: Any) -> None:
@@ -202,8 +207,9 @@ def zero(stage: int) -> None:
         # Parameters that are partitioned as the model is loaded.
         from transformers.integrations import HfDeepSpeedConfig
 
+        folder = saved()  # before the configuration, under which making a model takes every process
         kept = HfDeepSpeedConfig(copy.deepcopy(config))
-        model = loaded().train()
+        model = AutoModelForCausalLM.from_pretrained(folder).train()
         assert kept.is_zero3()
         assert model.model.layers[0].mlp.gate.weight.numel() == 0
         train(add_router_losses(swap_router(model, "probmoe", k=BAND), load_balancing=0.1, z=0.01))
