@@ -33,7 +33,7 @@ enum {
    */
   PM_DRAW_GAMMA = 16, /* radius, angle, acceptance, boost */
   PM_DRAW_GAMMA_LOW = 17,
-  PM_DRAW_LOGISTIC = 18, /* the two exponential variates of DirMoE's gate noise */
+  PM_DRAW_LOGISTIC = 18, /* the two Gumbel variates of which DirMoE's gate noise is the difference */
   PM_DRAW_LOGISTIC_LOW = 19
 };
 

@@ -17,7 +17,7 @@
 #include "../kernels.h"
 #include "transfer.h"
 
-/* Bytes of prefix table kept at once. Two tables (value and tangent) of (64, 8) fit the first-level cache. */
+/* Bytes of prefix table kept at once. Both tables (value and tangent) of (256, 8) fit a second-level cache. */
 #define PM_TABLE_BYTES (320 * 1024)
 
 typedef struct block {
