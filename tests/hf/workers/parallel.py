@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from probmoe_ext.hf import RoutingMonitor, add_router_losses, record_routing, swap_router
 from probmoe_ext.ops import sample_stream, set_sample_stream
 from tests.hf.models import K, experts, tiny, tokens
+from tests.hf.workers import leave
 
 BAND = (1, K)
 
@@ -237,7 +238,7 @@ def main(names: list[str]) -> None:
     for name in names:
         CHECKS[name]()
         print(f"{name}: ok on process {dist.get_rank()}", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from probmoe_ext.hf import RoutingMonitor, add_router_losses, record_routing, swap_router
 from tests.hf.models import K
 from tests.hf.test_monitor import Rows
+from tests.hf.workers import leave
 
 
 def main(folder: Path) -> None:
@@ -44,6 +45,7 @@ def main(folder: Path) -> None:
         "processes": torch.distributed.get_world_size(),
     }
     (folder / f"process-{torch.distributed.get_rank()}.json").write_text(json.dumps(result), encoding="utf-8")
+    leave()
 
 
 if __name__ == "__main__":
