@@ -1,4 +1,6 @@
-"""Slots that a token does not use: what the experts of a model do with them.
+"""What the experts of a model do with a router that is not the usual one.
+
+A router may evaluate them in its own way (``Router.runs_experts``): it gets them as an :class:`Evaluation`.
 
 A router that gives each token a number of experts of its own leaves slots unused, with index ``E`` and weight 0. What
 happens to them depends on the expert implementation that the model was given:
@@ -22,6 +24,7 @@ from torch import nn
 from probmoe_ext.hf.dispatch import NAME, follows_interface, grouped_experts_forward, register_implementation
 from probmoe_ext.hf.gate import RouterForm
 from probmoe_ext.hf.reclass import Reclassed, check_reclassable, original_class, reclass, restore_class
+from probmoe_ext.routers import Router
 
 PARALLEL_FLAG = "_is_expert_parallel"
 """Library kernels mask rows of index ``E`` if the experts have this attribute and it is true; nothing else reads it."""
@@ -31,14 +34,28 @@ REPLACED = ("eager", "grouped_mm", "batched_mm", NAME)
 
 
 class SwappedExperts(Reclassed):
-    """Experts whose router leaves slots unused."""
+    """Experts whose router leaves slots unused, or runs them itself."""
 
     probmoe_num_experts: int
+    probmoe_runner: tuple[Router, Evaluation] | None
+    """The router that runs them, if it does, and how it sees them; in a tuple, so that neither is a child."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """Evaluate the experts: ``[T, H]`` hidden states, indices and weights ``[T, K]``, to ``[T, H]``."""
+        if self.probmoe_runner is not None:
+            router, evaluation = self.probmoe_runner
+            return router.run_experts(evaluation, hidden_states, top_k_index, top_k_weights)
+        return self.evaluate_used(hidden_states, top_k_index, top_k_weights)
+
+    def evaluate_used(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum over the slots that are used."""
         way = _way(self)
         if way == "grouped":
             return grouped_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -55,13 +72,39 @@ class SwappedExperts(Reclassed):
         return result
 
 
-def check_experts(experts: nn.Module, path: str) -> None:
-    """Check that the experts of a layer can be given unused slots.
+class Evaluation(nn.Module):
+    """The experts of a layer, to be evaluated by its router; see :class:`probmoe_ext.routers.experts.Evaluation`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum ``[T, H]`` of the experts ``[T, K]`` of each token."""
+        experts: Any = self.module
+        result: torch.Tensor = experts.evaluate_used(hidden_states, indices, weights)
+        return result
+
+    def frozen(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The same, with no gradient to the experts' parameters."""
+        constants = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        result: torch.Tensor = torch.func.functional_call(self, constants, (hidden_states, indices, weights))
+        return result
+
+
+def check_experts(experts: nn.Module, path: str, router: Router) -> None:
+    """Check that the experts of a layer can do what a router asks of them.
 
     Raises:
-        ValueError: If their forward was replaced by something that is not known to call it; the message says so.
+        ValueError: If their forward was replaced by something that is not known to call it, or they are split over
+            processes and the router is to run them; the message says so.
     """
-    if not is_split(experts):
+    if router.runs_experts and is_split(experts):
+        raise ValueError(
+            f"router {router.name!r} evaluates the experts itself, which are split over processes at {path}: load the "
+            "model without a tensor- or expert-parallel plan"
+        )
+    if not is_split(experts) and (router.leaves_slots_unused or router.runs_experts):
         check_reclassable(experts, path)
 
 
@@ -71,12 +114,15 @@ def is_split(experts: nn.Module) -> bool:
     return bool(split) and not isinstance(experts, SwappedExperts)
 
 
-def skip_unused_slots(experts: Any, form: RouterForm) -> bool:
-    """Let experts take index ``E`` for slots that are not used.
+def take_router(experts: Any, form: RouterForm, router: Router) -> bool:
+    """Let experts take index ``E`` for slots that are not used, or their router run them, if it does either.
 
     Returns:
-        Whether such slots cost nothing; if not, they are computed at weight 0.
+        Whether slots that are not used cost nothing; if not, they are computed at weight 0.
     """
+    if not (router.leaves_slots_unused or router.runs_experts):
+        restore_experts(experts)
+        return True
     if is_split(experts):
         if not hasattr(experts, "probmoe_padding"):
             # The plan sends each slot to the process that has its expert: before it does, each gets one.
@@ -88,7 +134,8 @@ def skip_unused_slots(experts: Any, form: RouterForm) -> bool:
         experts.probmoe_num_experts = form.num_experts
         if hasattr(experts, PARALLEL_FLAG):
             setattr(experts, PARALLEL_FLAG, True)
-    return _way(experts) != "padded"
+    experts.probmoe_runner = (router, Evaluation(experts)) if router.runs_experts else None
+    return not router.leaves_slots_unused or _way(experts) != "padded"
 
 
 def unused_slots_cost(experts: nn.Module) -> str:
@@ -105,7 +152,7 @@ def unused_slots_cost(experts: nn.Module) -> str:
 
 
 def restore_experts(experts: Any) -> None:
-    """Undo :func:`skip_unused_slots`; nothing if it was not done."""
+    """Undo :func:`take_router`; nothing if it was not done."""
     if hasattr(experts, "probmoe_padding"):
         experts.probmoe_padding.remove()
         del experts.probmoe_padding
@@ -113,6 +160,7 @@ def restore_experts(experts: Any) -> None:
         return
     restore_class(experts)
     del experts.probmoe_num_experts
+    del experts.probmoe_runner
     if hasattr(experts, PARALLEL_FLAG):
         setattr(experts, PARALLEL_FLAG, False)
 

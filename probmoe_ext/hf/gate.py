@@ -90,6 +90,9 @@ class SwappedGate(Reclassed):
             correction = None if form.correction is None else tensor_of(self, form.correction).flatten()
             choice, scores = form.rule.choice(logits.float(), correction)
             weights, indices = router(hidden_states, choice, scores)
+        if router.layer is not None:
+            # The layer behind may want the logits; the attention weights have had their use, and are large.
+            router.layer.logits, router.layer.attention = logits, None
         if not form.float32_weights:
             weights = weights.to(hidden_states.dtype if form.records == "float32 logits" else logits.dtype)
         return recorded, weights if form.scale == 1 else weights * form.scale, indices

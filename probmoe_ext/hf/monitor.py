@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from probmoe_ext.hf.context import BatchCarrier
 from probmoe_ext.hf.form import read_form
 from probmoe_ext.hf.gate import SwappedGate
 from probmoe_ext.hf.layers import MoELayer, moe_layers
-from probmoe_ext.hf.padding import PaddingCarrier, mask_of
+from probmoe_ext.hf.padding import mask_of
 from probmoe_ext.hf.tally import BOUNDS, BUCKETS, Gate, Tally, summarize
 
 SCALARS = (
@@ -99,7 +100,7 @@ class RoutingMonitor(TrainerCallback):
             return
         # The carrier first: its hook has to know the padding before this one's does.
         self.handles = [
-            PaddingCarrier(self.model),
+            BatchCarrier(self.model),
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after),
         ]

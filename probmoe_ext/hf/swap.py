@@ -12,12 +12,12 @@ from torch import nn
 
 from probmoe_ext.hf.block import check_block, keep_forward, restore_block
 from probmoe_ext.hf.choice import PLAIN
+from probmoe_ext.hf.context import BatchCarrier, LayerCarrier, check_context, needs_batch, needs_layer
 from probmoe_ext.hf.entry import check_options, clear_entry, describe, write_entry
-from probmoe_ext.hf.experts import check_experts, restore_experts, skip_unused_slots, unused_slots_cost
+from probmoe_ext.hf.experts import check_experts, restore_experts, take_router, unused_slots_cost
 from probmoe_ext.hf.form import read_form
 from probmoe_ext.hf.gate import RouterForm, SwappedGate, tensor_of
 from probmoe_ext.hf.layers import MoELayer, find_layers, moe_layers
-from probmoe_ext.hf.padding import PaddingCarrier
 from probmoe_ext.hf.parallel import share_draws
 from probmoe_ext.hf.reclass import check_reclassable, reclass, restore_class
 from probmoe_ext.hf.trainers import label_share
@@ -70,7 +70,7 @@ def swap_layers(
     model: nn.Module, layers: list[MoELayer], name: str, k: ExpertsPerToken | None, options: dict[str, Any]
 ) -> list[MoELayer]:
     """Do what :func:`swap_router` does for given layers; return those that compute slots which are not used."""
-    planned = [(layer, _plan(layer, name, k, options)) for layer in layers]
+    planned = [(layer, _plan(model, layer, name, k, options)) for layer in layers]
     costly = [layer for layer, gates in planned if not _install(layer, gates)]
     write_entry(model)
     watch_model(model)
@@ -125,7 +125,7 @@ Planned = list[tuple[nn.Module, RouterForm, Router]]
 """Each gate of a layer (more than one under an adapter) with its form and its new router."""
 
 
-def _plan(layer: MoELayer, name: str, k: ExpertsPerToken | None, options: dict[str, Any]) -> Planned:
+def _plan(model: nn.Module, layer: MoELayer, name: str, k: ExpertsPerToken | None, options: dict[str, Any]) -> Planned:
     check_block(layer)
     planned: Planned = []
     for gate in (layer.gate, *layer.others):
@@ -145,8 +145,8 @@ def _plan(layer: MoELayer, name: str, k: ExpertsPerToken | None, options: dict[s
                 f"chooses from; got {k!r}"
             )
         check_options(router)
-        if router.leaves_slots_unused:
-            check_experts(layer.experts, layer.path)
+        check_context(model, layer, router)
+        check_experts(layer.experts, layer.path, router)
         weight: Any = tensor_of(gate, form.weight)
         planned.append((gate, form, router.to(device=weight.device, dtype=weight.dtype).train(gate.training)))
     return planned
@@ -160,24 +160,28 @@ def _install(layer: MoELayer, planned: Planned) -> bool:
         gate: Any = module
         gate.probmoe_form = form
         gate.probmoe = router
-    if router.leaves_slots_unused:
-        return skip_unused_slots(layer.experts, form)
-    restore_experts(layer.experts)
-    return True
+    _, form, router = planned[0]  # of the gate that is in use
+    return take_router(layer.experts, form, router)
 
 
 def watch_model(model: nn.Module) -> None:
-    """Note the scale of the model's loss, and its padding, as long as a router has a loss of its own."""
+    """Note what the routers of a model need: the scale of its loss, the batch, the layers around them."""
     for key, hook in list(model._forward_hooks.items()):
         if hook is _note_loss:
             del model._forward_hooks[key]
             del model._forward_hooks_with_kwargs[key]
-    carrier = model.__dict__.pop("probmoe_padding", None)
-    if carrier is not None:
+    for carrier in model.__dict__.pop("probmoe_carriers", ()):
         carrier.remove()
-    if any(isinstance(module, Router) and module.has_loss for module in model.modules()):
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    if any(router.has_loss for router in routers):
         model.register_forward_hook(_note_loss, with_kwargs=True)
-        model.__dict__["probmoe_padding"] = PaddingCarrier(model)
+    carriers = [
+        carrier(model)
+        for carrier, needed in ((BatchCarrier, needs_batch), (LayerCarrier, needs_layer))
+        if any(map(needed, routers))
+    ]
+    if carriers:
+        model.__dict__["probmoe_carriers"] = carriers
 
 
 def _note_loss(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

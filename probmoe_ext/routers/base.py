@@ -10,26 +10,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from probmoe_ext.routers.auxiliary import AuxiliaryLosses
+from probmoe_ext.routers.context import NEEDS, Batch, LayerContext
+from probmoe_ext.routers.experts import Evaluation
 
 ExpertsPerToken = int | tuple[int, int]
 RouterClass = TypeVar("RouterClass", bound="type[Router]")
 
 _REGISTRY: dict[str, type[Router]] = {}
-
-
-class TokenMask:
-    """A cell that the gates of a model share, for the padding of the batch that is under way.
-
-    Attributes:
-        value: ``[T]`` bool, the tokens that count; ``None`` for all.
-        given: Whether a caller said so, and no hook may change it.
-        users: How many want it kept.
-    """
-
-    def __init__(self) -> None:
-        self.value: torch.Tensor | None = None
-        self.given = False
-        self.users = 0
 
 
 class Router(AuxiliaryLosses):
@@ -41,7 +28,10 @@ class Router(AuxiliaryLosses):
     ``normalize`` (does the model renormalise its weights) and ``hidden_size``. Parameters and submodules are allowed:
     they are cast to the gate's dtype, and travel in the state dict.
 
-    An auxiliary loss joins the backward pass by :meth:`join_loss`, in a class that says ``has_loss = True``.
+    An auxiliary loss joins the backward pass by :meth:`join_loss`, in a class that says ``has_loss = True``. What the
+    router reads beside its arguments it names in ``needs``; what it keeps from batch to batch it updates in
+    :meth:`begin_pass`; and if the experts are to do something else than evaluate the chosen ones, it says
+    ``runs_experts = True`` and implements :meth:`run_experts`.
 
     Routing mathematics is done in float32 whatever the dtype of the logits, and the weights come back in that dtype.
 
@@ -61,8 +51,20 @@ class Router(AuxiliaryLosses):
     takes_scores: ClassVar[bool] = False
     """Whether :meth:`forward` takes scores as a third argument, see there."""
 
-    token_mask_cell: TokenMask | None = None
-    """Where the padding of the batch is noted, while somebody notes it."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it reads of :mod:`probmoe_ext.routers.context`: names of the properties below."""
+
+    adapts: ClassVar[bool] = False
+    """Whether :meth:`begin_pass` does something."""
+
+    runs_experts: ClassVar[bool] = False
+    """Whether :meth:`run_experts` does something else than evaluate the chosen experts."""
+
+    batch: Batch | None = None
+    """The batch that is under way, while somebody notes it."""
+
+    layer: LayerContext | None = None
+    """What the layer has computed in this pass, if this router or that of the layer behind needs it."""
 
     def __init__(self, num_experts: int, k: ExpertsPerToken, **options: Any) -> None:
         super().__init__()
@@ -90,7 +92,38 @@ class Router(AuxiliaryLosses):
     @property
     def token_mask(self) -> torch.Tensor | None:
         """``[T]`` bool, the tokens that a loss of this router may count (the others are padding); ``None`` for all."""
-        return None if self.token_mask_cell is None else self.token_mask_cell.value
+        return None if self.batch is None else self.batch.mask
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """``[T]`` int64, the tokens' ids; for a router that needs ``"token_ids"``."""
+        ids = None if self.batch is None else self.batch.token_ids
+        if ids is None:
+            raise self._missing("token ids", "call the model with input_ids (not inputs_embeds)")
+        return ids.flatten()
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """``(batch, length)`` of the tokens; for a router that needs ``"batch_shape"``."""
+        if self.batch is None or self.batch.shape is None:
+            raise self._missing("the shape of the batch", "call it inside of a swapped model")
+        return self.batch.shape
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """``[batch, heads, length, keys]``, this layer's attention; for a router that needs ``"attention"``."""
+        if self.layer is None or self.layer.attention is None:
+            raise self._missing("attention weights", 'load the model with attn_implementation="eager"')
+        return self.layer.attention
+
+    @property
+    def previous_logits(self) -> torch.Tensor | None:
+        """``[T, E]``, the logits of the layer before; ``None`` in the first; needs ``"previous_logits"``."""
+        previous = None if self.layer is None else self.layer.previous
+        return None if previous is None else previous.logits
+
+    def _missing(self, what: str, remedy: str) -> ValueError:
+        return ValueError(f"router {self.name!r} needs {what}, and has none: {remedy}, or fill its context")
 
     def top_k_in_evaluation(self) -> tuple[int, bool] | None:
         """Say whether this router, in evaluation mode, is the usual one.
@@ -141,6 +174,29 @@ class Router(AuxiliaryLosses):
         """
         raise ValueError(f"router {self.name!r} cannot replay decisions: it does not implement weights_for")
 
+    def begin_pass(self) -> None:
+        """Update what this router keeps from batch to batch, if it says ``adapts = True``.
+
+        Called before each forward pass of a swapped model in training mode, once: not again when activation
+        checkpointing replays a layer, which has to see what the first run saw. Other callers call it themselves.
+        """
+
+    def run_experts(
+        self, evaluate: Evaluation, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Evaluate the experts of tokens that :meth:`forward` has just routed; asked if ``runs_experts`` is true.
+
+        Args:
+            evaluate: The experts; called with the other three arguments, it does what they do by themselves.
+            hidden_states: ``[T, H]``, what the experts see.
+            indices: ``[T, K]``, from :meth:`forward`.
+            weights: ``[T, K]``, from :meth:`forward`, perhaps times a factor of the model.
+
+        Returns:
+            ``[T, H]``, the weighted sum of the experts' outputs.
+        """
+        return evaluate(hidden_states, indices, weights)
+
     def extra_repr(self) -> str:
         """The arguments that build this router."""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
@@ -187,6 +243,8 @@ def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
     def register(cls: RouterClass) -> RouterClass:
         if not (isinstance(cls, type) and issubclass(cls, Router)):
             raise TypeError(f"register_router({name!r}) expects a subclass of Router, got {cls!r}")
+        if not cls.needs <= set(NEEDS):
+            raise ValueError(f"needs of {cls.__name__} must be among {', '.join(NEEDS)}, got {sorted(cls.needs)}")
         known = _REGISTRY.get(name)
         # A module that is imported anew (in a notebook) may register its class again.
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):

@@ -13,7 +13,7 @@ from benchmarks.dirmoe_sparsity import train_toy
 from probmoe_ext import routers
 from probmoe_ext.hf import restore_router, routing_of, swap_router
 from probmoe_ext.routers import DirMoERouter, aux_losses, make_router
-from probmoe_ext.routers.base import TokenMask
+from probmoe_ext.routers.context import Batch
 from tests.contract import assert_near
 
 H, T = 12, 64
@@ -196,8 +196,7 @@ def test_padding_counts_for_nothing() -> None:
     for mask in (None, torch.arange(9) < 4):
         torch.manual_seed(4)
         router.zero_grad()
-        router.token_mask_cell = TokenMask()
-        router.token_mask_cell.value = mask
+        router.batch = Batch(mask=mask)
         count = 4 if mask is None else 9  # draws are counted by row: the first four are the same
         weights, _ = router(states[:count], logits[:count])
         (0 * weights.sum()).backward()

@@ -1,0 +1,24 @@
+"""How the tests that run over every router build one: a line for each that needs other arguments than ``k = K``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from probmoe_ext.routers import available_routers
+
+K_OF: dict[str, Any] = {"probmoe": (1, 4)}
+"""Experts per token, where not the tiny models' own 4."""
+OPTIONS: dict[str, dict[str, Any]] = {}
+"""Options beside the defaults."""
+MODEL: dict[str, dict[str, Any]] = {}
+"""Changes of the tiny model's configuration."""
+DRAWS: set[str] = {"probmoe", "dirmoe"}
+"""Routers whose training draws."""
+
+
+def every_router() -> tuple[str, ...]:
+    """The routers of the package; tests register others for a while."""
+    return ROUTERS
+
+
+ROUTERS = available_routers()
