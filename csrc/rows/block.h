@@ -38,6 +38,7 @@ typedef struct block {
   vreal *relay;       /* [3 E] from one chunk of columns to the next (subset.h) */
   vreal *checkpoints; /* [segments][width (b + 1)] */
   vreal *table;       /* [segment + 1][width (b + 1)]: the state before each expert, and after the last */
+  vreal *apart;       /* [b + 1][2 (b + 1)] a table for the experts of S alone (route.h), where chosen_fits */
   int64_t segment;    /* experts in a segment */
   int64_t segments;
   vreal total;          /* Z of the tilted, weighted factors */
@@ -64,9 +65,13 @@ PM_ALWAYS_INLINE int64_t segment_length(int64_t E, int64_t b, int width) {
   return length < E ? length : E;
 }
 
+/* Whether routing's backward pass takes the experts of S by themselves: few of many. */
+PM_ALWAYS_INLINE int chosen_fits(int64_t E, int64_t b) { return 2 * b <= E && b <= 32; }
+
 static size_t block_bytes(int64_t E, int64_t b) {
   const int64_t segment = segment_length(E, b, 2), segments = (E + segment - 1) / segment;
-  const int64_t vectors = 10 * E + 1 + 2 * (b + 1) + 2 * b + 2 * (b + 2) + 2 * (b + 1) * (segments + segment + 1);
+  const int64_t vectors = 10 * E + 1 + 2 * (b + 1) + 2 * b + 2 * (b + 2) + 2 * (b + 1) * (segments + segment + 1) +
+                          (chosen_fits(E, b) ? 2 * (b + 1) * (b + 1) : 0);
   return (size_t)vectors * sizeof(vreal) + sizeof(vreal);
 }
 
@@ -93,7 +98,8 @@ static void block_begin(block *k, const pm_job *job, int width) {
   k->adjoint = next, next += 2 * (b + 2);
   k->relay = next, next += 3 * E;
   k->checkpoints = next, next += k->segments * width * (b + 1);
-  k->table = next;
+  k->table = next, next += (k->segment + 1) * width * (b + 1);
+  k->apart = next;
 }
 
 #endif

@@ -122,6 +122,14 @@ PM_ALWAYS_INLINE const vreal *prefix_end(const block *k, int tangent) {
   return k->table + segment_experts(k, k->segments - 1) * (k->b + 1) * (tangent ? 2 : 1);
 }
 
+/* `total` from the state after the last expert. */
+PM_ALWAYS_INLINE void sum_sizes(block *k, const vreal *end) {
+  vreal total = splat(0);
+  for (int j = k->a; j <= k->b; ++j) total = fma_(k->sizes[j], end[j], total);
+  k->total = total;
+  k->inverse_total = select_(k->poison, splat((real)NAN), splat(1) / total);
+}
+
 /* All checkpoints, then the last segment's table; sets `total`. */
 PM_ALWAYS_INLINE void prefix_all(block *k, int plain, int tangent) {
   const int64_t cells = (int64_t)(k->b + 1) * (tangent ? 2 : 1);
@@ -133,11 +141,7 @@ PM_ALWAYS_INLINE void prefix_all(block *k, int plain, int tangent) {
     if (s + 1 < k->segments)
       memcpy(k->checkpoints + (s + 1) * cells, k->table + k->segment * cells, (size_t)cells * sizeof(vreal));
   }
-  const vreal *last = prefix_end(k, tangent);
-  vreal total = splat(0);
-  for (int j = k->a; j <= k->b; ++j) total = fma_(k->sizes[j], last[j], total);
-  k->total = total;
-  k->inverse_total = select_(k->poison, splat((real)NAN), splat(1) / total);
+  sum_sizes(k, prefix_end(k, tangent));
 }
 
 /* The table of segment s, for s = segments - 1 down to 0: the last one is there already. */

@@ -97,9 +97,101 @@ static vreal upstream(block *k, const pm_job *job, int64_t row, int64_t rows, vr
   return result;
 }
 
+/* ---- backward where the direction lives on S ------------------------------------------------------------------ */
+
+/* The experts of S as a block of their own, b of them; a slot that is not used has odds of 0.
+ *
+ * The gradient without `normalize` is C (h s) + J^T (h z), and h s is 0 outside of S. The recursion takes the experts
+ * in any order: those outside of S first, which then carry no tangent, and those of S with it. So the many cost what
+ * they cost in the marginals: half the multiply-adds of a covariance product, and half its table. */
+typedef struct chosen {
+  block part;
+  vreal *e;    /* [b] their e */
+  vreal *grad; /* [b] h, then h s */
+} chosen;
+
+/* Moves the experts of S from the block, where a factor of 1 is left, to their own: `e`, w and q. */
+PM_ALWAYS_INLINE void choose_experts(const chosen *c, const block *k, const pm_job *job, int64_t row, int64_t rows,
+                                     int plain) {
+  const int b = k->b;
+  for (int j = 0; j < b; ++j) {
+    real *e = (real *)&c->e[j], *w = (real *)&c->part.w[j], *q = plain ? NULL : (real *)&c->part.q[j];
+    c->e[j] = c->part.w[j] = splat(0);
+    if (!plain) c->part.q[j] = splat(1);
+    const int64_t *choice = job->indices + row * b + j;
+    for (int l = 0; l < rows; ++l, choice += b) {
+      if ((uint64_t)*choice >= (uint64_t)k->E) continue;
+      const int64_t at = *choice * LANES + l;
+      e[l] = ((const real *)k->e)[at];
+      ((real *)k->w)[at] = (w[l] = ((real *)k->w)[at], 0);
+      if (!plain) ((real *)k->q)[at] = (q[l] = ((real *)k->q)[at], 1);
+    }
+  }
+}
+
+/* h s for the experts of S, into c->grad; returns the sum. */
+PM_ALWAYS_INLINE vreal upstream_of(const chosen *c, const block *k, const pm_job *job, int64_t row, int64_t rows) {
+  const int b = k->b;
+  const source grad = {job->vector, b, job->is_double};
+  load_rows(&grad, row, rows, b, c->grad);
+  vreal sum = splat(0);
+  for (int j = 0; j < b; ++j) {
+    const vreal s = c->e[j] * k->inverse_sum;
+    c->grad[j] = select_((vmask)(s > splat(0)), c->grad[j] * s, splat(0)); /* not what belongs to an unused slot */
+    sum += c->grad[j];
+  }
+  return sum;
+}
+
+PM_ALWAYS_INLINE void route_backward_chosen(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
+                                            int plain) {
+  const int64_t E = k->E, cells = k->b + 1;
+  const int b = k->b;
+  const chosen c = {{.E = b,
+                     .b = b,
+                     .w = k->draws, /* of use to those who draw, as are depth and top */
+                     .q = k->depth,
+                     .v = k->top,
+                     .adjoint = k->adjoint,
+                     .relay = k->relay,
+                     .table = k->apart},
+                    .e = k->direct,
+                    .grad = k->direct + b};
+  const block *part = &c.part;
+  choose_experts(&c, k, job, row, rows, plain);
+  const vreal share = upstream_of(&c, k, job, row, rows) * k->inverse_sum;
+  prefix_all(k, plain, 0);
+  const vreal *others = prefix_end(k, 0);
+  for (int j = 0; j < b; ++j) part->v[j] = c.grad[j];
+  for (int64_t j = 0; j < cells; ++j) {
+    part->table[j] = others[j];
+    part->table[cells + j] = splat(0);
+  }
+  PM_FORM(prefix, plain, 1)(part, 0, b);
+  sum_sizes(k, part->table + b * 2 * cells);
+  begin_adjoint(k, part->table + b * 2 * cells);
+  PM_FORM(adjoint, plain, 1)(part, 0, b);
+  /* From here on no expert has a tangent: that of B goes the way of B itself. */
+  for (int64_t j = 0; j < cells; ++j) k->adjoint[j] = k->adjoint[cells + j];
+  adjoint_all(k, plain, 0);
+  for (int64_t i = 0; i < E; ++i) k->v[i] = fma_(k->v[i], k->inverse_total, -k->e[i] * share);
+  for (int j = 0; j < b; ++j) part->v[j] = fma_(part->v[j], k->inverse_total, fma_(-c.e[j], share, c.grad[j]));
+  store_rows(k->v, lanes_of(wanted), row, E, job->out, job->is_double);
+  for (int j = 0; j < b; ++j) {
+    const int64_t *choice = job->indices + row * b + j;
+    for (int l = 0; l < rows; ++l, choice += b)
+      if (wanted[l] && (uint64_t)*choice < (uint64_t)E)
+        write_(job->out, job->is_double, (row + l) * E + *choice, ((const real *)&part->v[j])[l]);
+  }
+}
+
 PM_ALWAYS_INLINE void route_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                           int plain) {
   const int64_t E = k->E;
+  if (job->marginal && !job->normalize && chosen_fits(k->E, k->b)) {
+    route_backward_chosen(job, k, row, rows, wanted, plain);
+    return;
+  }
   vreal shift;
   const vreal share = upstream(k, job, row, rows, &shift) * k->inverse_sum;
   if (job->marginal) {

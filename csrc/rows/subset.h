@@ -106,9 +106,21 @@ PM_ROW_KERNEL(marginals, 1, 0)
 
 /* ---- covariance-vector product ------------------------------------------------------------------------------ */
 
+/* B and dB after the last expert, from the state there. The tangent of 1 / Z is folded in: dB starts from -(dZ/Z) times
+ * the sizes. */
+PM_ALWAYS_INLINE void begin_adjoint(block *k, const vreal *end) {
+  const int b = k->b;
+  vreal slope = splat(0);
+  for (int j = k->a; j <= b; ++j) slope = fma_(k->sizes[j], end[b + 1 + j], slope);
+  slope /= k->total;
+  for (int j = 0; j <= b; ++j) {
+    k->adjoint[j] = k->sizes[j];
+    k->adjoint[b + 1 + j] = -slope * k->sizes[j];
+  }
+}
+
 /* C times `direction` into v, but for the factor inverse_total. For exact k, C 1 = 0: the direction is centred first,
- * which keeps the tangents small and with them the rounding. In the adjoint the tangent of 1 / Z is folded in by
- * starting from -(dZ/Z) times the sizes. `direction` may be v. */
+ * which keeps the tangents small and with them the rounding. `direction` may be v. */
 PM_ALWAYS_INLINE void multiply_covariance(block *k, const vreal *direction, int plain) {
   const int64_t E = k->E;
   const int b = k->b;
@@ -123,14 +135,7 @@ PM_ALWAYS_INLINE void multiply_covariance(block *k, const vreal *direction, int 
   }
   for (int64_t i = 0; i < E; ++i) k->v[i] = direction[i] - centre;
   prefix_all(k, plain, 1);
-  const vreal *end = prefix_end(k, 1);
-  vreal slope = splat(0);
-  for (int j = k->a; j <= b; ++j) slope = fma_(k->sizes[j], end[b + 1 + j], slope);
-  slope /= k->total;
-  for (int j = 0; j <= b; ++j) {
-    k->adjoint[j] = k->sizes[j];
-    k->adjoint[b + 1 + j] = -slope * k->sizes[j];
-  }
+  begin_adjoint(k, prefix_end(k, 1));
   adjoint_all(k, plain, 1);
 }
 
