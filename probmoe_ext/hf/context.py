@@ -89,6 +89,10 @@ class LayerCarrier:
                 if attention is not None:
                     self.handles.append(attention.register_forward_hook(_Attention(cell)))
             previous = cell
+        routers = [layer.gate.probmoe for layer in find_layers(model) if isinstance(layer.gate, SwappedGate)]
+        for router in routers:
+            if router.adapts:
+                router.peers = tuple(routers)
 
     def before(self, model: nn.Module, args: Any) -> None:
         """Let routers update what they keep."""

@@ -21,12 +21,14 @@ from probmoe_ext.routers.calibration import (
 from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temperature
 from probmoe_ext.routers.losses import load_balancing_loss, z_loss
 from probmoe_ext.routers.probmoe import ProbMoERouter
+from probmoe_ext.routers.remoe import ReMoERouter
 from probmoe_ext.routers.topk import TopKRouter
 
 __all__ = [
     "DirMoERouter",
     "ExpertsPerToken",
     "ProbMoERouter",
+    "ReMoERouter",
     "Router",
     "TopKRouter",
     "annealed_concentration",

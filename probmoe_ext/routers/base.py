@@ -66,6 +66,9 @@ class Router(AuxiliaryLosses):
     layer: LayerContext | None = None
     """What the layer has computed in this pass, if this router or that of the layer behind needs it."""
 
+    peers: tuple[Router, ...] = ()
+    """The routers of the model in the order of its layers, this one among them, if this one adapts."""
+
     def __init__(self, num_experts: int, k: ExpertsPerToken, **options: Any) -> None:
         super().__init__()
         self.num_experts = _integer("num_experts", num_experts)
@@ -179,6 +182,7 @@ class Router(AuxiliaryLosses):
 
         Called before each forward pass of a swapped model in training mode, once: not again when activation
         checkpointing replays a layer, which has to see what the first run saw. Other callers call it themselves.
+        What has to follow all layers of a model reads what ``peers`` noted, and changes nothing that they read.
         """
 
     def run_experts(
