@@ -22,6 +22,7 @@ from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temp
 from probmoe_ext.routers.losses import load_balancing_loss, z_loss
 from probmoe_ext.routers.probmoe import ProbMoERouter
 from probmoe_ext.routers.remoe import ReMoERouter
+from probmoe_ext.routers.sparsemixer import SparseMixerRouter, SparseMixerV2Router
 from probmoe_ext.routers.topk import TopKRouter
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "ProbMoERouter",
     "ReMoERouter",
     "Router",
+    "SparseMixerRouter",
+    "SparseMixerV2Router",
     "TopKRouter",
     "annealed_concentration",
     "annealed_temperature",
