@@ -108,7 +108,7 @@ class ReMoERouter(Router):
 
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route ``[T, E]`` logits to weights and indices ``[T, E]``; the hidden states are not used."""
-        weights, indices = torch.sort(torch.relu(logits.float()), dim=-1, descending=True, stable=True)
+        weights, indices = torch.sort(_dense(logits), dim=-1, descending=True, stable=True)
         indices = torch.where(weights > 0, indices, self.num_experts)
         weights = weights.to(logits.dtype)
         if self.training:
@@ -123,11 +123,11 @@ class ReMoERouter(Router):
         scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``ReLU(logits)`` at given experts ``[T, K]``: 0 for one that has no positive logit any more."""
-        dense = torch.relu(logits.float())
+        dense = _dense(logits)
         return weights_at(indices, dense * chosen(indices, self.num_experts, dense.dtype), False).to(logits.dtype)
 
     def _penalty(self, logits: torch.Tensor) -> torch.Tensor:
-        dense = torch.relu(logits.float())
+        dense = _dense(logits)
         if self.token_mask is not None:
             dense = torch.where(self.token_mask.unsqueeze(-1), dense, 0)
         counts = (dense > 0).sum(0)
@@ -138,3 +138,8 @@ class ReMoERouter(Router):
         many = tokens.clamp(min=1)
         shares = counts * (self.num_experts / self.k_max) / many if self.balance else 1
         return self.coefficient * (shares * dense).sum() / many
+
+
+def _dense(logits: torch.Tensor) -> torch.Tensor:
+    """``ReLU`` of the logits ``[T, E]``, in float32 (float64 for such logits)."""
+    return torch.relu(logits.to(torch.promote_types(logits.dtype, torch.float32)))
