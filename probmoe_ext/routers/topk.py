@@ -52,7 +52,8 @@ class TopKRouter(Router):
         scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The softmax probabilities (or scores) of given experts ``[T, K]``."""
-        dense = torch.softmax(logits.float(), dim=-1) if scores is None else scores
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dense = torch.softmax(wide, dim=-1) if scores is None else scores
         return weights_at(indices, dense * chosen(indices, self.num_experts, dense.dtype), self.normalize).to(
             logits.dtype
         )
