@@ -75,9 +75,10 @@ class SwappedExperts(Reclassed):
 class Evaluation(nn.Module):
     """The experts of a layer, to be evaluated by its router; see :class:`probmoe_ext.routers.experts.Evaluation`."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, scale: float = 1.0) -> None:
         super().__init__()
         self.module = module
+        self.scale = scale
 
     def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum ``[T, H]`` of the experts ``[T, K]`` of each token."""
@@ -134,7 +135,7 @@ def take_router(experts: Any, form: RouterForm, router: Router) -> bool:
         experts.probmoe_num_experts = form.num_experts
         if hasattr(experts, PARALLEL_FLAG):
             setattr(experts, PARALLEL_FLAG, True)
-    experts.probmoe_runner = (router, Evaluation(experts)) if router.runs_experts else None
+    experts.probmoe_runner = (router, Evaluation(experts, form.scale)) if router.runs_experts else None
     return not router.leaves_slots_unused or _way(experts) != "padded"
 
 

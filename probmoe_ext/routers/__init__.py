@@ -18,6 +18,7 @@ from probmoe_ext.routers.calibration import (
     calibrate_ratio,
     mean_simpson,
 )
+from probmoe_ext.routers.densemixer import DenseMixerRouter
 from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temperature
 from probmoe_ext.routers.losses import load_balancing_loss, z_loss
 from probmoe_ext.routers.probmoe import ProbMoERouter
@@ -26,6 +27,7 @@ from probmoe_ext.routers.sparsemixer import SparseMixerRouter, SparseMixerV2Rout
 from probmoe_ext.routers.topk import TopKRouter
 
 __all__ = [
+    "DenseMixerRouter",
     "DirMoERouter",
     "ExpertsPerToken",
     "ProbMoERouter",
