@@ -58,17 +58,32 @@ def load_balancing_loss(
             f"indices {tuple(indices.shape)} and logits {tuple(logits.shape)} must agree in all but the last dimension"
         )
     logits, indices = _wide(logits).flatten(0, -2), indices.flatten(0, -2)
-    keep = _keep(mask, logits)
-    counts = logits.new_zeros(num_experts + 1)
-    counts = counts.scatter_add(0, indices.flatten(), keep.unsqueeze(-1).expand(indices.shape).flatten())[:-1]
     dense = subset_marginals(logits, k) if probabilities == "marginals" else torch.softmax(logits, dim=-1)
-    mass = (dense * keep.unsqueeze(-1)).sum(0)
-    shares = counts / counts.sum().clamp(min=1)
+    loads, mass = loads_and_probabilities(dense, indices, mask)
+    tiny = torch.finfo(mass.dtype).tiny
     # The total of a band's marginals is the mean size: were it left in, the loss would also ask for fewer experts.
-    loss = num_experts * (shares * mass).sum() / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)
-    if normalization == "transformers":
-        loss = loss * counts.sum() / keep.sum().clamp(min=1)
-    return loss
+    loss = num_experts * (loads * mass).sum() / mass.sum().clamp(min=tiny)
+    return loss if normalization == "transformers" else loss / loads.sum().clamp(min=tiny)
+
+
+def loads_and_probabilities(
+    probabilities: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What products of load and probability are made of: ``f_e`` and ``P_e``, for losses over any set of experts.
+
+    Args:
+        probabilities: ``[T, N]`` in float32 or float64.
+        indices: ``[T, K]`` int64, the experts that were chosen; index ``N`` is a slot that is not used.
+        mask: ``[T]``, bool or 0/1: the tokens that count; all by default. Without any, all is 0.
+
+    Returns:
+        ``[N]`` share of the tokens that chose each expert, a constant for the gradient; ``[N]`` mean probability.
+    """
+    keep = _keep(mask, probabilities)
+    tokens = keep.sum().clamp(min=1)
+    counts = probabilities.new_zeros(probabilities.shape[-1] + 1)
+    counts = counts.scatter_add(0, indices.flatten(), keep.unsqueeze(-1).expand(indices.shape).flatten())[:-1]
+    return counts / tokens, (probabilities * keep.unsqueeze(-1)).sum(0) / tokens
 
 
 def z_loss(logits: torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.Tensor:
