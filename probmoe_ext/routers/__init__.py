@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from probmoe_ext.routers.adamoe import AdaMoERouter
 from probmoe_ext.routers.auxiliary import aux_losses, watch_loss
 from probmoe_ext.routers.base import (
     ExpertsPerToken,
@@ -27,6 +28,7 @@ from probmoe_ext.routers.sparsemixer import SparseMixerRouter, SparseMixerV2Rout
 from probmoe_ext.routers.topk import TopKRouter
 
 __all__ = [
+    "AdaMoERouter",
     "DenseMixerRouter",
     "DirMoERouter",
     "ExpertsPerToken",
