@@ -92,6 +92,16 @@ class Router(AuxiliaryLosses):
         """Whether some slots may carry index ``E`` and weight 0."""
         return self.k_min < self.k_max
 
+    def one_k(self) -> int:
+        """``k`` of a router that takes no band.
+
+        Raises:
+            ValueError: If it was given one.
+        """
+        if self.k_min != self.k_max:
+            raise ValueError(f"router {self.name!r} takes one k, got the band ({self.k_min}, {self.k_max})")
+        return self.k_max
+
     @property
     def token_mask(self) -> torch.Tensor | None:
         """``[T]`` bool, the tokens that a loss of this router may count (the others are padding); ``None`` for all."""

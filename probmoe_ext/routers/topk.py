@@ -27,8 +27,7 @@ class TopKRouter(Router):
 
     def __init__(self, num_experts: int, k: ExpertsPerToken, *, normalize: bool = False) -> None:
         super().__init__(num_experts, k, normalize=normalize)
-        if self.k_min != self.k_max:
-            raise ValueError(f"router 'topk' takes one k, got the band ({self.k_min}, {self.k_max})")
+        self.one_k()
         self.normalize = normalize
 
     def top_k_in_evaluation(self) -> tuple[int, bool] | None:
@@ -73,3 +72,8 @@ def weights_at(indices: torch.Tensor, dense: torch.Tensor, normalize: bool) -> t
     # Only a token without experts, or with scores that all underflowed, has the sum 0.
     total = dense.sum(-1, keepdim=True)
     return weights / torch.where(total == 0, 1, total)
+
+
+def straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """The values of ``hard`` to the last bit, with the gradient of ``soft`` (Bengio et al. 2013, arXiv 1308.3432)."""
+    return hard + (soft - soft.detach())
