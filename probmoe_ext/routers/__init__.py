@@ -21,23 +21,31 @@ from probmoe_ext.routers.calibration import (
 )
 from probmoe_ext.routers.densemixer import DenseMixerRouter
 from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temperature
+from probmoe_ext.routers.gumbel_softmax import GumbelSoftmaxRouter
 from probmoe_ext.routers.losses import load_balancing_loss, z_loss
 from probmoe_ext.routers.probmoe import ProbMoERouter
 from probmoe_ext.routers.remoe import ReMoERouter
+from probmoe_ext.routers.simple import SimpleRouter
 from probmoe_ext.routers.sparsemixer import SparseMixerRouter, SparseMixerV2Router
+from probmoe_ext.routers.straight_through import StraightThroughRouter
 from probmoe_ext.routers.topk import TopKRouter
+from probmoe_ext.routers.topk_softmax import TopKSoftmaxRouter
 
 __all__ = [
     "AdaMoERouter",
     "DenseMixerRouter",
     "DirMoERouter",
     "ExpertsPerToken",
+    "GumbelSoftmaxRouter",
     "ProbMoERouter",
     "ReMoERouter",
     "Router",
+    "SimpleRouter",
     "SparseMixerRouter",
     "SparseMixerV2Router",
+    "StraightThroughRouter",
     "TopKRouter",
+    "TopKSoftmaxRouter",
     "annealed_concentration",
     "annealed_temperature",
     "aux_losses",

@@ -12,7 +12,14 @@ OPTIONS: dict[str, dict[str, Any]] = {}
 """Options beside the defaults."""
 MODEL: dict[str, dict[str, Any]] = {}
 """Changes of the tiny model's configuration."""
-DRAWS: set[str] = {"probmoe", "dirmoe", "sparsemixer", "sparsemixer_v2"}
+DRAWS: set[str] = {
+    "dirmoe",
+    "gumbel_softmax",
+    "probmoe",
+    "simple",
+    "sparsemixer",
+    "sparsemixer_v2",
+}
 """Routers whose training draws."""
 
 
