@@ -167,7 +167,8 @@ def test_it_generates(name: str) -> None:
 def test_the_model_compiles_without_a_break(name: str, training: bool) -> None:
     model, ids = swapped(name, training=training), tokens()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # What differs between the backends is the backward graph.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if training else "eager")
     results = []
     for call in (model, compiled):
         model.zero_grad()
