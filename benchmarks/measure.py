@@ -17,14 +17,12 @@ import torch
 import probmoe_ext
 
 from .peers import Run
-from .registry import Benchmark, Case
+from .registry import SHORTEST_TURN, Benchmark, Case
 
 ROOT = Path(__file__).parents[1]
 LEAST_TURNS = 7
 LEAST_ROWS = 16384
 """Inputs take turns until there are so many rows: a batch seen again and again is learnt by branch predictors."""
-SHORTEST_TURN = 200e-6
-"""Seconds; shorter closures run several times a turn, so that reading the clock and cold caches do not count."""
 
 
 def _timed(run: Run, calls: int) -> float:
@@ -34,12 +32,12 @@ def _timed(run: Run, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def alternate(ours: Run, peer: Run, seconds: float) -> tuple[list[float], list[float]]:
-    """Seconds a call, turn by turn, so that a slow moment of the machine hits both; at least 7 turns."""
+def alternate(ours: Run, peer: Run, seconds: float, turn: float = SHORTEST_TURN) -> tuple[list[float], list[float]]:
+    """Seconds a call, turn by turn, so that a slow moment of the machine hits both; at least 7 turns of `turn`."""
     calls = []
     for run in (ours, peer):
         run()
-        calls.append(max(1, int(SHORTEST_TURN / min(_timed(run, 1) for _ in range(2)))))
+        calls.append(max(1, int(turn / min(_timed(run, 1) for _ in range(2)))))
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
     while len(times[0]) < LEAST_TURNS or time.perf_counter() < end:
@@ -75,7 +73,7 @@ def measure(benchmark: Benchmark, case: Case, seconds: float) -> dict[str, Any]:
     try:
         batches = [torch.randn(case.rows, case.experts) * case.spread for _ in range(_batches(case.rows))]
         ours, peer = ([make(logits, case.k) for logits in batches] for make in (benchmark.ours, benchmark.peer))
-        times = alternate(_in_turn(ours), _in_turn(peer), seconds)
+        times = alternate(_in_turn(ours), _in_turn(peer), seconds, benchmark.turn)
     finally:
         torch.set_num_threads(threads)
     mine, theirs = (summary(t, case.rows) for t in times)
