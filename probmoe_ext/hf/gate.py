@@ -78,7 +78,7 @@ class SwappedGate(Reclassed):
             original: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().forward(hidden_states)
             return original
         hidden_states = hidden_states.reshape(-1, form.hidden_size)
-        logits = gate_logits(self, form, hidden_states)
+        logits = gate_logits(self, form, router.gate_input(hidden_states))
         recorded = logits
         if form.records == "probabilities":
             recorded = torch.softmax(logits, dim=-1, dtype=torch.float32)

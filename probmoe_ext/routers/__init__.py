@@ -22,12 +22,14 @@ from probmoe_ext.routers.calibration import (
 from probmoe_ext.routers.densemixer import DenseMixerRouter
 from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temperature
 from probmoe_ext.routers.gumbel_softmax import GumbelSoftmaxRouter
-from probmoe_ext.routers.losses import load_balancing_loss, z_loss
+from probmoe_ext.routers.losses import load_balancing_loss, variation_loss, z_loss
+from probmoe_ext.routers.noisy_topk import NoisyTopKRouter
 from probmoe_ext.routers.probmoe import ProbMoERouter
 from probmoe_ext.routers.remoe import ReMoERouter
 from probmoe_ext.routers.simple import SimpleRouter
 from probmoe_ext.routers.sparsemixer import SparseMixerRouter, SparseMixerV2Router
 from probmoe_ext.routers.straight_through import StraightThroughRouter
+from probmoe_ext.routers.switch import SwitchRouter, dropped_tokens
 from probmoe_ext.routers.topk import TopKRouter
 from probmoe_ext.routers.topk_softmax import TopKSoftmaxRouter
 
@@ -37,6 +39,7 @@ __all__ = [
     "DirMoERouter",
     "ExpertsPerToken",
     "GumbelSoftmaxRouter",
+    "NoisyTopKRouter",
     "ProbMoERouter",
     "ReMoERouter",
     "Router",
@@ -44,6 +47,7 @@ __all__ = [
     "SparseMixerRouter",
     "SparseMixerV2Router",
     "StraightThroughRouter",
+    "SwitchRouter",
     "TopKRouter",
     "TopKSoftmaxRouter",
     "annealed_concentration",
@@ -52,6 +56,7 @@ __all__ = [
     "available_routers",
     "calibrate_concentration",
     "calibrate_ratio",
+    "dropped_tokens",
     "load_balancing_loss",
     "make_router",
     "mean_simpson",
@@ -59,6 +64,7 @@ __all__ = [
     "router_options",
     "set_concentration",
     "set_temperature",
+    "variation_loss",
     "watch_loss",
     "z_loss",
 ]

@@ -147,6 +147,10 @@ class Router(AuxiliaryLosses):
         """
         return None
 
+    def gate_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the gate computes the logits of, ``[T, H]``; a router may add noise to it in training."""
+        return hidden_states
+
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route.
 

@@ -104,6 +104,26 @@ def z_loss(logits: torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.T
     return (torch.logsumexp(logits, dim=-1).square() * keep).sum() / keep.sum().clamp(min=1)
 
 
+def variation_loss(shares: torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The squared coefficient of variation of what the experts got from a batch (Shazeer et al. 2017, eq. 7 and 11).
+
+    Args:
+        shares: ``[..., E]``, what each token gave to each expert: its weights (then this is the importance loss of
+            arXiv 1701.06538) or the probabilities that it chooses them (the load loss).
+        mask: ``[...]``, bool or 0/1: the tokens that count; all by default. Without any the loss is 0.
+
+    Returns:
+        ``Var(sums) / mean(sums) ** 2`` of the sums over the tokens, with the variance of the ``E`` experts as a whole
+        population; a scalar in float32 (float64 for such shares).
+
+    Raises:
+        ValueError: If the mask does not have a value for each token.
+    """
+    shares = _wide(shares).flatten(0, -2)
+    sums = (shares * _keep(mask, shares).unsqueeze(-1)).sum(0)
+    return sums.var(correction=0) / sums.mean().square().clamp(min=torch.finfo(sums.dtype).tiny)
+
+
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     if logits.dim() < 2:
         raise ValueError(

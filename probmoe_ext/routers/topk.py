@@ -51,11 +51,7 @@ class TopKRouter(Router):
         scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The softmax probabilities (or scores) of given experts ``[T, K]``."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        dense = torch.softmax(wide, dim=-1) if scores is None else scores
-        return weights_at(indices, dense * chosen(indices, self.num_experts, dense.dtype), self.normalize).to(
-            logits.dtype
-        )
+        return probabilities_at(indices, logits, self.normalize, scores)
 
 
 def chosen(indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
@@ -72,6 +68,15 @@ def weights_at(indices: torch.Tensor, dense: torch.Tensor, normalize: bool) -> t
     # Only a token without experts, or with scores that all underflowed, has the sum 0.
     total = dense.sum(-1, keepdim=True)
     return weights / torch.where(total == 0, 1, total)
+
+
+def probabilities_at(
+    indices: torch.Tensor, logits: torch.Tensor, normalize: bool, scores: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``softmax(logits)`` (or scores) ``[T, E]`` at ``indices`` ``[T, K]``, divided by their sum if ``normalize``."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    dense = torch.softmax(wide, dim=-1) if scores is None else scores
+    return weights_at(indices, dense * chosen(indices, dense.shape[-1], dense.dtype), normalize).to(logits.dtype)
 
 
 def straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from probmoe_ext.routers import available_routers
 
-K_OF: dict[str, Any] = {"probmoe": (1, 4)}
+K_OF: dict[str, Any] = {"probmoe": (1, 4), "switch": 1}
 """Experts per token, where not the tiny models' own 4."""
 OPTIONS: dict[str, dict[str, Any]] = {}
 """Options beside the defaults."""
@@ -15,10 +15,12 @@ MODEL: dict[str, dict[str, Any]] = {}
 DRAWS: set[str] = {
     "dirmoe",
     "gumbel_softmax",
+    "noisy_topk",
     "probmoe",
     "simple",
     "sparsemixer",
     "sparsemixer_v2",
+    "switch",
 }
 """Routers whose training draws."""
 
