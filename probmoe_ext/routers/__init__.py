@@ -22,6 +22,7 @@ from probmoe_ext.routers.calibration import (
 from probmoe_ext.routers.densemixer import DenseMixerRouter
 from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temperature
 from probmoe_ext.routers.gumbel_softmax import GumbelSoftmaxRouter
+from probmoe_ext.routers.hash import HashRouter
 from probmoe_ext.routers.losses import load_balancing_loss, variation_loss, z_loss
 from probmoe_ext.routers.noisy_topk import NoisyTopKRouter
 from probmoe_ext.routers.probmoe import ProbMoERouter
@@ -39,6 +40,7 @@ __all__ = [
     "DirMoERouter",
     "ExpertsPerToken",
     "GumbelSoftmaxRouter",
+    "HashRouter",
     "NoisyTopKRouter",
     "ProbMoERouter",
     "ReMoERouter",
