@@ -46,7 +46,7 @@ class HashRouter(Router):
         if not -(1 << 63) <= seed < 1 << 63:
             raise ValueError(f"seed of router 'hash' must fit a signed 64-bit integer, got {seed}")
         # Seeds in a row must not give the same orders, moved by a block.
-        self.key = int(_mix(torch.tensor(seed)))
+        self.key = int(_mix(torch.tensor(seed, device="cpu")))
 
     def experts_of(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The experts ``[T, k]`` of token ids ``[T]``, both int64."""

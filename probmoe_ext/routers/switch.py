@@ -79,7 +79,7 @@ class SwitchRouter(Router):
         self.balance_weight = balance_weight
         self.capacity_factor = capacity_factor
         self.evaluation_capacity_factor = evaluation_capacity_factor
-        self.dropped = torch.zeros((), dtype=torch.int64)
+        self.dropped = torch.zeros((), dtype=torch.int64, device="cpu")
 
     @property
     def leaves_slots_unused(self) -> bool:
