@@ -10,6 +10,7 @@ from probmoe_ext.routers.base import (
     available_routers,
     make_router,
     register_router,
+    router_class,
     router_options,
 )
 from probmoe_ext.routers.calibration import (
@@ -21,6 +22,7 @@ from probmoe_ext.routers.calibration import (
 )
 from probmoe_ext.routers.densemixer import DenseMixerRouter
 from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temperature
+from probmoe_ext.routers.expert_choice import ExpertChoiceRouter
 from probmoe_ext.routers.gumbel_softmax import GumbelSoftmaxRouter
 from probmoe_ext.routers.hash import HashRouter
 from probmoe_ext.routers.losses import load_balancing_loss, variation_loss, z_loss
@@ -38,6 +40,7 @@ __all__ = [
     "AdaMoERouter",
     "DenseMixerRouter",
     "DirMoERouter",
+    "ExpertChoiceRouter",
     "ExpertsPerToken",
     "GumbelSoftmaxRouter",
     "HashRouter",
@@ -63,6 +66,7 @@ __all__ = [
     "make_router",
     "mean_simpson",
     "register_router",
+    "router_class",
     "router_options",
     "set_concentration",
     "set_temperature",

@@ -279,15 +279,24 @@ def available_routers() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def router_options(name: str) -> tuple[str, ...]:
-    """The options of a router, in the order of its constructor.
+def router_class(name: str) -> type[Router]:
+    """The class that is registered by a name.
 
     Raises:
         ValueError: If the name is unknown (the message lists the known ones).
     """
     if name not in _REGISTRY:
         raise ValueError(f"router must be one of {', '.join(available_routers())}; got {name!r}")
-    parameters = inspect.signature(_REGISTRY[name].__init__).parameters
+    return _REGISTRY[name]
+
+
+def router_options(name: str) -> tuple[str, ...]:
+    """The options of a router, in the order of its constructor.
+
+    Raises:
+        ValueError: If the name is unknown (the message lists the known ones).
+    """
+    parameters = inspect.signature(router_class(name).__init__).parameters
     return tuple(option for option in parameters if option not in ("self", "num_experts", "k"))
 
 
@@ -308,7 +317,7 @@ def make_router(name: str, *, num_experts: int, k: ExpertsPerToken, **options: A
     if unknown:
         said = ", ".join(map(repr, unknown))
         raise ValueError(f"router {name!r} has no option {said}; its options: {', '.join(allowed) or 'none'}")
-    return _REGISTRY[name](num_experts, k, **options)
+    return router_class(name)(num_experts, k, **options)
 
 
 def _integer(argument: str, value: object) -> int:
