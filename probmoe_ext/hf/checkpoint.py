@@ -16,7 +16,8 @@ from probmoe_ext.hf.entry import BAND, band_of, entry_of
 from probmoe_ext.hf.gate import SwappedGate
 from probmoe_ext.hf.layers import MoELayer, find_layers
 from probmoe_ext.hf.swap import swap_layers
-from probmoe_ext.routers import make_router
+from probmoe_ext.routers import make_router, router_class
+from probmoe_ext.routers.context import ATTENTION
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -43,6 +44,7 @@ def from_pretrained(
         *model_args: For the model's constructor, after the configuration.
         model_class: The class of the model; by default that which was saved.
         **kwargs: What ``from_pretrained`` of transformers takes: ``dtype``, ``device_map``, ``revision``, and so on.
+            ``attn_implementation`` is ``"eager"`` by default if a router needs attention weights.
 
     Returns:
         The model, in evaluation mode, or with ``output_loading_info=True`` the model and that.
@@ -59,6 +61,9 @@ def from_pretrained(
             f"{where} has no routing in its config.json: it was not saved after swap_router. Load it with "
             "AutoModelForCausalLM.from_pretrained of transformers, then call probmoe_ext.hf.swap_router"
         )
+    if any(ATTENTION in router_class(group["router"]).needs for group in entry["routing"]):
+        # The only way of the library that returns attention weights.
+        kwargs.setdefault("attn_implementation", "eager")
     own = model_class or _saved_class(config, where)
     wants_info = kwargs.pop("output_loading_info", False)
     # The routers must be there before the weights are read, so that the library places and casts theirs, too.

@@ -20,6 +20,7 @@ from probmoe_ext.routers.calibration import (
     calibrate_ratio,
     mean_simpson,
 )
+from probmoe_ext.routers.da_moe import DAMoERouter
 from probmoe_ext.routers.densemixer import DenseMixerRouter
 from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temperature
 from probmoe_ext.routers.expert_choice import ExpertChoiceRouter
@@ -38,6 +39,7 @@ from probmoe_ext.routers.topk_softmax import TopKSoftmaxRouter
 
 __all__ = [
     "AdaMoERouter",
+    "DAMoERouter",
     "DenseMixerRouter",
     "DirMoERouter",
     "ExpertChoiceRouter",

@@ -6,11 +6,11 @@ from typing import Any
 
 from probmoe_ext.routers import available_routers
 
-K_OF: dict[str, Any] = {"probmoe": (1, 4), "switch": 1}
+K_OF: dict[str, Any] = {"probmoe": (1, 4), "switch": 1, "da_moe": (1, 4)}
 """Experts per token, where not the tiny models' own 4."""
 OPTIONS: dict[str, dict[str, Any]] = {}
 """Options beside the defaults."""
-MODEL: dict[str, dict[str, Any]] = {}
+MODEL: dict[str, dict[str, Any]] = {"da_moe": {"attn_implementation": "eager"}}
 """Changes of the tiny model's configuration."""
 DRAWS: set[str] = {
     "dirmoe",
