@@ -86,7 +86,7 @@ class NoisyTopKRouter(Router):
         if not self.training:
             return route_top_k(logits, self.k_max, normalize=True)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        deviation = F.softplus(self.noise(hidden_states).to(wide.dtype)) + self.floor
+        deviation = F.softplus(self.noise(hidden_states.to(self.noise.weight.dtype)).to(wide.dtype)) + self.floor
         noisy = wide + torch.randn_like(wide) * deviation
         order = noisy.topk(min(self.k_max + 1, self.num_experts)).indices
         indices = order[:, : self.k_max]
