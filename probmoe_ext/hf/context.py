@@ -105,7 +105,7 @@ class LayerCarrier:
         """Forget what no replay will need."""
         if not model.training:
             for cell in self.cells:
-                cell.logits = cell.attention = None
+                cell.logits = cell.attention = cell.residual = None
 
     def remove(self) -> None:
         """Take the hooks away."""

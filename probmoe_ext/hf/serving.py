@@ -44,7 +44,8 @@ def custom_routing_function(model: nn.Module, layer: int | None = None) -> Routi
         the router does.
 
     Raises:
-        ValueError: If a layer is not swapped, or the layers route in more than one way and none was chosen.
+        ValueError: If a layer is not swapped, or its router evaluates the experts in a way of its own; if the layers
+            route in more than one way and none was chosen.
     """
     layers = moe_layers(model, None if layer is None else [layer])
     swapped = [one for one in layers if isinstance(one.gate, SwappedGate)]
@@ -52,6 +53,12 @@ def custom_routing_function(model: nn.Module, layer: int | None = None) -> Routi
         raise ValueError(f"the router at {layers[0].path} is the model's own: vLLM has it already")
     gates: list[Any] = [one.gate for one in swapped]
     first = gates[0]
+    for one, gate in zip(swapped, gates, strict=True):
+        if gate.probmoe.runs_experts and gate.probmoe.top_k_in_evaluation() is None:
+            raise ValueError(
+                f"router {gate.probmoe.name!r} at {one.path} does not evaluate the experts as an engine does: a "
+                "routing function would leave out a part of it"
+            )
     alike = all(
         (gate.probmoe_form, gate.probmoe.name, gate.probmoe.k, gate.probmoe.options)
         == (first.probmoe_form, first.probmoe.name, first.probmoe.k, first.probmoe.options)

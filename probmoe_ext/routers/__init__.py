@@ -27,6 +27,7 @@ from probmoe_ext.routers.expert_choice import ExpertChoiceRouter
 from probmoe_ext.routers.gumbel_softmax import GumbelSoftmaxRouter
 from probmoe_ext.routers.hash import HashRouter
 from probmoe_ext.routers.losses import load_balancing_loss, variation_loss, z_loss
+from probmoe_ext.routers.moepp import MoEPlusPlusRouter
 from probmoe_ext.routers.noisy_topk import NoisyTopKRouter
 from probmoe_ext.routers.probmoe import ProbMoERouter
 from probmoe_ext.routers.remoe import ReMoERouter
@@ -46,6 +47,7 @@ __all__ = [
     "ExpertsPerToken",
     "GumbelSoftmaxRouter",
     "HashRouter",
+    "MoEPlusPlusRouter",
     "NoisyTopKRouter",
     "ProbMoERouter",
     "ReMoERouter",

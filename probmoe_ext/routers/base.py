@@ -135,6 +135,12 @@ class Router(AuxiliaryLosses):
         previous = None if self.layer is None else self.layer.previous
         return None if previous is None else previous.logits
 
+    @property
+    def previous_residual(self) -> torch.Tensor | None:
+        """What the router of the layer before left by ``self.layer.leave``; needs ``"previous_logits"``."""
+        previous = None if self.layer is None else self.layer.previous
+        return None if previous is None else previous.taken()
+
     def _missing(self, what: str, remedy: str) -> ValueError:
         return ValueError(f"router {self.name!r} needs {what}, and has none: {remedy}, or fill its context")
 

@@ -50,6 +50,7 @@ class LayerContext:
     Attributes:
         attention: ``[batch, heads, length, keys]``, the attention weights of this layer.
         logits: ``[T, E]``, the gate's logits in this pass, for the layer behind.
+        residual: What the router itself leaves for that of the layer behind, see :meth:`leave`.
         previous: The cell of the layer before that routes; ``None`` in the first.
     """
 
@@ -57,7 +58,33 @@ class LayerContext:
         self.attention = attention
         self.previous = previous
         self.logits: torch.Tensor | None = None
+        self.residual: torch.Tensor | None = None
+        self._with_graph = False
+
+    def leave(self, residual: torch.Tensor) -> None:
+        """Leave a tensor for the router of the layer behind, whose gradient is to come back here."""
+        self.residual, self._with_graph = residual, torch.is_grad_enabled()
+
+    def taken(self) -> torch.Tensor | None:
+        """What the router of this layer left, for that of the layer behind; ``None`` if it left nothing.
+
+        Raises:
+            ValueError: If its gradient could not come back: reentrant activation checkpointing runs each layer without
+                a graph, and differentiates it by itself.
+        """
+        if self.residual is not None and torch.is_grad_enabled() and not self._with_graph:
+            raise ValueError(
+                "a router learns through the logits of the layer before, which reentrant activation checkpointing cuts "
+                'off: use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        return self.residual
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no tensors: they are of a pass that is over, and may be parts of its graph."""
-        return {"attention": None, "previous": self.previous, "logits": None}
+        return {
+            "attention": None,
+            "previous": self.previous,
+            "logits": None,
+            "residual": None,
+            "_with_graph": False,
+        }

@@ -57,6 +57,12 @@ def test_a_token_without_experts_weighs_nothing() -> None:
     assert ids.equal(torch.zeros(2, 3, dtype=torch.int32))
 
 
+def test_experts_that_no_engine_has_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'moepp' at model\.layers\.0\.mlp\.gate does not evaluate the experts as an"):
+        custom_routing_function(swap_router(tiny("olmoe"), "moepp"), 0)
+    custom_routing_function(swap_router(tiny("olmoe"), "densemixer"))
+
+
 def test_half_precision_logits_are_routed_in_float32() -> None:
     function = custom_routing_function(swap_router(tiny("olmoe"), "probmoe", k=(1, K)))
     logits = torch.randn(64, E).bfloat16()

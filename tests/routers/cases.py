@@ -23,6 +23,8 @@ DRAWS: set[str] = {
     "switch",
 }
 """Routers whose training draws."""
+NOT_REENTRANT: set[str] = {"moepp"}
+"""Routers that learn through another layer, which reentrant checkpointing cuts off: they say so."""
 
 
 def every_router() -> tuple[str, ...]:
