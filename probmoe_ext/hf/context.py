@@ -12,7 +12,7 @@ from torch import nn
 from probmoe_ext.hf.gate import SwappedGate
 from probmoe_ext.hf.layers import MoELayer, find_layers
 from probmoe_ext.routers import Router
-from probmoe_ext.routers.context import ATTENTION, PREVIOUS_LOGITS, Batch, LayerContext
+from probmoe_ext.routers.context import ATTENTION, BATCH_SHAPE, PREVIOUS_LOGITS, Batch, LayerContext
 
 ON_GATE, ON_ROUTER = "probmoe_batch", "batch"
 """The attributes that hold the cell of the batch."""
@@ -27,6 +27,8 @@ class BatchCarrier:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.cells = acquire(model)
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        self.asked = any(BATCH_SHAPE in router.needs for router in routers)
         names = list(inspect.signature(model.forward).parameters)
         self.place = names.index("attention_mask") if "attention_mask" in names else len(names)
         self.handles = [
@@ -48,8 +50,9 @@ class BatchCarrier:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and shape is not None:
             # With a cache the mask covers what came before, too.
             flat = mask[:, mask.shape[1] - shape[1] :].flatten().bool()
+        continues = self.asked and _continues(kwargs.get("past_key_values"), mask, shape)
         for cell in self.cells:
-            cell.token_ids, cell.shape = ids, shape
+            cell.token_ids, cell.shape, cell.continues = ids, shape, continues
             if not cell.given:
                 cell.mask = flat
 
@@ -66,6 +69,19 @@ class BatchCarrier:
         for handle in self.handles:
             handle.remove()
         release(self.model, self.cells)
+
+
+def _continues(cache: Any, mask: Any, shape: tuple[int, int] | None) -> bool:
+    """Whether the tokens of a batch follow others, by a mask that is longer than they are, or else by the cache.
+
+    A cache of fixed size keeps its length on the device, which the second way waits for.
+    """
+    if shape is None or cache is None:
+        return False
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask.shape[1] > shape[1]
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    return bool(length > 0)
 
 
 class LayerCarrier:

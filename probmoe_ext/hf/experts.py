@@ -23,6 +23,7 @@ from torch import nn
 
 from probmoe_ext.hf.dispatch import NAME, follows_interface, grouped_experts_forward, register_implementation
 from probmoe_ext.hf.gate import RouterForm
+from probmoe_ext.hf.merging import merged_experts_forward
 from probmoe_ext.hf.reclass import Reclassed, check_reclassable, original_class, reclass, restore_class
 from probmoe_ext.routers import Router
 
@@ -92,18 +93,27 @@ class Evaluation(nn.Module):
         result: torch.Tensor = torch.func.functional_call(self, constants, (hidden_states, indices, weights))
         return result
 
+    def merged(self, hidden_states: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
+        """Groups ``[G, n, H]``, each through one expert whose parameters are the sum ``[G, E]`` of the experts'."""
+        return merged_experts_forward(self.module, hidden_states, mixture)
+
 
 def check_experts(experts: nn.Module, path: str, router: Router) -> None:
     """Check that the experts of a layer can do what a router asks of them.
 
     Raises:
-        ValueError: If their forward was replaced by something that is not known to call it, or they are split over
-            processes and the router is to run them; the message says so.
+        ValueError: If their forward was replaced by something that is not known to call it, they are split over
+            processes and the router is to run them, or are to be merged and not stacked; the message says so.
     """
     if router.runs_experts and is_split(experts):
         raise ValueError(
             f"router {router.name!r} evaluates the experts itself, which are split over processes at {path}: load the "
             "model without a tensor- or expert-parallel plan"
+        )
+    if router.merges_experts and not follows_interface(experts):
+        raise ValueError(
+            f"router {router.name!r} merges experts, and those at {path} ({original_class(experts).__name__}) do not "
+            "keep theirs stacked, in tensors gate_up_proj (or up_proj) and down_proj of a floating dtype"
         )
     if not is_split(experts) and (router.leaves_slots_unused or router.runs_experts):
         check_reclassable(experts, path)

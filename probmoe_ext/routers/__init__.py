@@ -26,6 +26,7 @@ from probmoe_ext.routers.dirmoe import DirMoERouter, set_concentration, set_temp
 from probmoe_ext.routers.expert_choice import ExpertChoiceRouter
 from probmoe_ext.routers.gumbel_softmax import GumbelSoftmaxRouter
 from probmoe_ext.routers.hash import HashRouter
+from probmoe_ext.routers.lory import LoryRouter
 from probmoe_ext.routers.losses import load_balancing_loss, variation_loss, z_loss
 from probmoe_ext.routers.moepp import MoEPlusPlusRouter
 from probmoe_ext.routers.noisy_topk import NoisyTopKRouter
@@ -47,6 +48,7 @@ __all__ = [
     "ExpertsPerToken",
     "GumbelSoftmaxRouter",
     "HashRouter",
+    "LoryRouter",
     "MoEPlusPlusRouter",
     "NoisyTopKRouter",
     "ProbMoERouter",

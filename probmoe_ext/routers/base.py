@@ -60,6 +60,9 @@ class Router(AuxiliaryLosses):
     runs_experts: ClassVar[bool] = False
     """Whether :meth:`run_experts` does something else than evaluate the chosen experts."""
 
+    merges_experts: ClassVar[bool] = False
+    """Whether :meth:`run_experts` merges experts, which must then be stacked in one tensor each."""
+
     batch: Batch | None = None
     """The batch that is under way, while somebody notes it."""
 
@@ -121,6 +124,11 @@ class Router(AuxiliaryLosses):
         if self.batch is None or self.batch.shape is None:
             raise self._missing("the shape of the batch", "call it inside of a swapped model")
         return self.batch.shape
+
+    @property
+    def continues(self) -> bool:
+        """Whether the tokens follow others that are in a cache, as in generation; needs ``"batch_shape"``."""
+        return self.batch is not None and self.batch.continues
 
     @property
     def attention(self) -> torch.Tensor:

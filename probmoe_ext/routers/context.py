@@ -27,6 +27,7 @@ class Batch:
         mask: ``[T]`` bool, the tokens that count; ``None`` for all.
         token_ids: ``[batch, length]`` int64, ``None`` where the model was given embeddings.
         shape: ``(batch, length)``; ``T = batch * length``, the tokens of a sequence in a row.
+        continues: Whether the tokens follow others, which are in a cache.
         given: Whether a caller said which tokens count, and no hook may change it.
         users: How many want the cell kept.
     """
@@ -40,6 +41,7 @@ class Batch:
         self.mask = mask
         self.token_ids = token_ids
         self.shape = (token_ids.shape[0], token_ids.shape[1]) if shape is None and token_ids is not None else shape
+        self.continues = False
         self.given = False
         self.users = 0
 

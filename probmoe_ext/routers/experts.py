@@ -25,6 +25,12 @@ class Evaluation(Protocol):
     def frozen(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The same, with no gradient to the experts' parameters."""
 
+    def merged(self, hidden_states: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
+        """Groups of tokens ``[G, n, H]``, each through one expert whose parameters are the sum ``[G, E]`` of theirs.
+
+        For routers that say ``merges_experts = True``.
+        """
+
 
 class Handover:
     """What ``Router.forward`` leaves for ``Router.run_experts`` of the same pass, beside indices and weights.

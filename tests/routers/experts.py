@@ -35,3 +35,10 @@ class LoopEvaluation(nn.Module):
         constants = {name: parameter.detach() for name, parameter in self.named_parameters()}
         result: torch.Tensor = torch.func.functional_call(self, constants, (hidden_states, indices, weights))
         return result
+
+    def merged(self, hidden_states: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for x, weights in zip(hidden_states, mixture, strict=True):
+            up, down = (sum(w * one for w, one in zip(weights, stack, strict=True)) for stack in (self.up, self.down))
+            rows.append(F.silu(x @ up) @ down)
+        return torch.stack(rows)
