@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from probmoe_ext.hf.card import model_card
 from probmoe_ext.hf.checkpoint import from_pretrained, push_to_hub, save_pretrained
+from probmoe_ext.hf.consistency import consistency_loss, train_consistently
 from probmoe_ext.hf.layers import moe_layers
 from probmoe_ext.hf.losses import add_router_losses
 from probmoe_ext.hf.padding import padding_mask
@@ -22,6 +23,7 @@ __all__ = [
     "RoutingMonitor",
     "RoutingRecord",
     "add_router_losses",
+    "consistency_loss",
     "custom_routing_function",
     "freeze_router",
     "from_pretrained",
@@ -37,6 +39,7 @@ __all__ = [
     "routing_of",
     "save_pretrained",
     "swap_router",
+    "train_consistently",
     "watch_trainer",
 ]
 

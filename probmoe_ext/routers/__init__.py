@@ -36,6 +36,7 @@ from probmoe_ext.routers.simple import SimpleRouter
 from probmoe_ext.routers.sparsemixer import SparseMixerRouter, SparseMixerV2Router
 from probmoe_ext.routers.straight_through import StraightThroughRouter
 from probmoe_ext.routers.switch import SwitchRouter, dropped_tokens
+from probmoe_ext.routers.thor import ThorRouter
 from probmoe_ext.routers.topk import TopKRouter
 from probmoe_ext.routers.topk_softmax import TopKSoftmaxRouter
 
@@ -59,6 +60,7 @@ __all__ = [
     "SparseMixerV2Router",
     "StraightThroughRouter",
     "SwitchRouter",
+    "ThorRouter",
     "TopKRouter",
     "TopKSoftmaxRouter",
     "annealed_concentration",

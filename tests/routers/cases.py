@@ -9,7 +9,7 @@ from probmoe_ext.routers import available_routers
 K_OF: dict[str, Any] = {"probmoe": (1, 4), "switch": 1, "da_moe": (1, 4)}
 K_OF: dict[str, Any] = {"probmoe": (1, 4), "lory": 8}
 """Experts per token, where not the tiny models' own 4."""
-OPTIONS: dict[str, dict[str, Any]] = {"lory": {"segment": 5}}
+OPTIONS: dict[str, dict[str, Any]] = {"lory": {"segment": 5}, "thor": {"inference": "ensemble"}}
 """Options beside the defaults."""
 MODEL: dict[str, dict[str, Any]] = {"da_moe": {"attn_implementation": "eager"}}
 """Changes of the tiny model's configuration."""
@@ -22,6 +22,7 @@ DRAWS: set[str] = {
     "sparsemixer",
     "sparsemixer_v2",
     "switch",
+    "thor",
 }
 """Routers whose training draws."""
 NOT_REENTRANT: set[str] = {"moepp"}
