@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from probmoe_ext.hf.card import model_card
 from probmoe_ext.hf.checkpoint import from_pretrained, push_to_hub, save_pretrained
 from probmoe_ext.hf.consistency import consistency_loss, train_consistently
+from probmoe_ext.hf.esft import expert_affinity, select_experts, train_experts_only
 from probmoe_ext.hf.layers import moe_layers
 from probmoe_ext.hf.losses import add_router_losses
 from probmoe_ext.hf.padding import padding_mask
@@ -25,6 +26,7 @@ __all__ = [
     "add_router_losses",
     "consistency_loss",
     "custom_routing_function",
+    "expert_affinity",
     "freeze_router",
     "from_pretrained",
     "model_card",
@@ -38,8 +40,10 @@ __all__ = [
     "router_parameters",
     "routing_of",
     "save_pretrained",
+    "select_experts",
     "swap_router",
     "train_consistently",
+    "train_experts_only",
     "watch_trainer",
 ]
 
