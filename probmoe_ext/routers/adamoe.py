@@ -54,8 +54,7 @@ class AdaMoERouter(Router):
         load_weight: float = 0.01,
     ) -> None:
         super().__init__(num_experts, k, hidden_size=hidden_size, num_null=num_null, load_weight=load_weight)
-        if self.k_min != self.k_max:
-            raise ValueError(f"router 'adamoe' takes one k, got the band ({self.k_min}, {self.k_max})")
+        self.one_k()
         self.num_null = self.num_experts if num_null is None else num_null
         if self.num_null < 1:
             raise ValueError(f"num_null of router 'adamoe' must be at least 1, got {num_null}")
