@@ -1,4 +1,4 @@
-"""Auxiliary losses of routing, as functions: load balance of what was really chosen, and the size of the logits."""
+"""Auxiliary losses of routing, as functions: load balance of what was really chosen, size and entropy of the logits."""
 
 from __future__ import annotations
 
@@ -122,6 +122,27 @@ def variation_loss(shares: torch.Tensor, *, mask: torch.Tensor | None = None) ->
     shares = _wide(shares).flatten(0, -2)
     sums = (shares * _keep(mask, shares).unsqueeze(-1)).sum(0)
     return sums.var(correction=0) / sums.mean().square().clamp(min=torch.finfo(sums.dtype).tiny)
+
+
+def entropy_loss(logits: torch.Tensor, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The dynamic loss of Huang et al. 2024 (arXiv 2403.07652, section 2.3): the mean entropy of ``softmax(logits)``.
+
+    Args:
+        logits: ``[..., E]``, the gate's output, in any floating dtype; -inf for an expert that has no part in it.
+        mask: ``[...]``, bool or 0/1: the tokens that count; all by default. Without any the loss is 0.
+
+    Returns:
+        A scalar in float32 (float64 for such logits), in nats.
+
+    Raises:
+        ValueError: If the mask does not have a value for each token.
+    """
+    logits = _wide(logits).flatten(0, -2)
+    keep = _keep(mask, logits)
+    # Before the product, whose gradient would not be a number.
+    logs = torch.where(logits == -torch.inf, 0, torch.log_softmax(logits, dim=-1))
+    entropy = -(logs.exp() * logs).sum(-1)
+    return (entropy * keep).sum() / keep.sum().clamp(min=1)
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:

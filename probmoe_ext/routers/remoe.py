@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, register_router
+from probmoe_ext.routers.target import TargetRouter
 from probmoe_ext.routers.topk import chosen, weights_at
 
 RANGE = (1e-30, 1e30)
@@ -14,7 +15,7 @@ RANGE = (1e-30, 1e30)
 
 
 @register_router("remoe")
-class ReMoERouter(Router):
+class ReMoERouter(TargetRouter):
     """Experts weighted by ``ReLU(logits)``, so that those with a logit of at most 0 are not used.
 
     Wang, Zhu and Chen 2025, "ReMoE", arXiv 2412.14711, sections 3.1 to 3.4. The choice is continuous: an expert comes
@@ -52,16 +53,9 @@ class ReMoERouter(Router):
     """
 
     has_loss = True
-    adapts = True
 
     steps: torch.Tensor
     """How often the coefficient grew, less how often it shrank: an integer, which no cast of the model rounds."""
-
-    active: torch.Tensor
-    """Experts that were used in the last training pass, over all tokens that count."""
-
-    tokens: torch.Tensor
-    """The tokens of that pass that count."""
 
     def __init__(
         self,
@@ -73,8 +67,6 @@ class ReMoERouter(Router):
         balance: bool = True,
     ) -> None:
         super().__init__(num_experts, k, coefficient=coefficient, growth=growth, balance=balance)
-        if self.k_min != self.k_max:
-            raise ValueError(f"router 'remoe' takes one k, got the band ({self.k_min}, {self.k_max})")
         if not RANGE[0] < coefficient < RANGE[1]:
             raise ValueError(f"coefficient of router 'remoe' must be between 1e-30 and 1e30, got {coefficient}")
         if not 1.0001 <= growth <= 10:
@@ -82,18 +74,7 @@ class ReMoERouter(Router):
         self.start, self.growth, self.balance = coefficient, growth, balance
         # A coefficient that nothing answers to must not become infinite, nor so small that it never comes back.
         self.lowest, self.highest = (round(math.log(limit / coefficient, growth)) for limit in RANGE)
-        for name in ("steps", "active", "tokens"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-
-    @property
-    def width(self) -> int:
-        """``K``: a token may use every expert."""
-        return self.num_experts
-
-    @property
-    def leaves_slots_unused(self) -> bool:
-        """True: slots of experts without weight carry index ``E``."""
-        return True
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @property
     def coefficient(self) -> torch.Tensor:
@@ -102,17 +83,20 @@ class ReMoERouter(Router):
 
     def begin_pass(self) -> None:
         """Let the coefficient follow the last pass: up if it used more than ``k`` experts per token, else down."""
-        routers = [router for router in self.peers if isinstance(router, ReMoERouter)] or [self]
-        excess = torch.stack([router.active - router.k_max * router.tokens for router in routers])
-        self.steps.add_(excess.sum().sign()).clamp_(self.lowest, self.highest)
+        self.steps.add_(self.excess()[0].sign()).clamp_(self.lowest, self.highest)
 
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route ``[T, E]`` logits to weights and indices ``[T, E]``; the hidden states are not used."""
-        weights, indices = torch.sort(_dense(logits), dim=-1, descending=True, stable=True)
+        dense = _dense(logits)
+        weights, indices = torch.sort(dense, dim=-1, descending=True, stable=True)
         indices = torch.where(weights > 0, indices, self.num_experts)
         weights = weights.to(logits.dtype)
         if self.training:
-            weights = self.join_loss(weights, self._penalty(logits), "l1")
+            used, tokens = self.note_used(dense > 0)
+            many = tokens.clamp(min=1)
+            shares = used.sum(0) * (self.num_experts / self.k_max) / many if self.balance else 1
+            penalty = self.coefficient * (shares * torch.where(used, dense, 0)).sum() / many
+            weights = self.join_loss(weights, penalty, "l1")
         return weights, indices
 
     def weights_for(
@@ -125,19 +109,6 @@ class ReMoERouter(Router):
         """``ReLU(logits)`` at given experts ``[T, K]``: 0 for one that has no positive logit any more."""
         dense = _dense(logits)
         return weights_at(indices, dense * chosen(indices, self.num_experts, dense.dtype), False).to(logits.dtype)
-
-    def _penalty(self, logits: torch.Tensor) -> torch.Tensor:
-        dense = _dense(logits)
-        if self.token_mask is not None:
-            dense = torch.where(self.token_mask.unsqueeze(-1), dense, 0)
-        counts = (dense > 0).sum(0)
-        tokens = self.tokens.new_tensor(len(logits)) if self.token_mask is None else self.token_mask.sum()
-        with torch.no_grad():
-            self.active.copy_(counts.sum())
-            self.tokens.copy_(tokens)
-        many = tokens.clamp(min=1)
-        shares = counts * (self.num_experts / self.k_max) / many if self.balance else 1
-        return self.coefficient * (shares * dense).sum() / many
 
 
 def _dense(logits: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,13 @@ from typing import Any
 
 from probmoe_ext.routers import available_routers
 
-K_OF: dict[str, Any] = {"probmoe": (1, 4), "switch": 1, "da_moe": (1, 4)}
-K_OF: dict[str, Any] = {"probmoe": (1, 4), "lory": 8}
+K_OF: dict[str, Any] = {
+    "probmoe": (1, 4),
+    "switch": 1,
+    "da_moe": (1, 4),
+    "lory": 8,
+    "top_p": (1, 8),
+}
 """Experts per token, where not the tiny models' own 4."""
 OPTIONS: dict[str, dict[str, Any]] = {"lory": {"segment": 5}, "thor": {"inference": "ensemble"}}
 """Options beside the defaults."""
