@@ -8,6 +8,7 @@ import torch
 
 from probmoe_ext.ops import gumbel_top_k
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.topk import straight_through
 
 LOWEST = -1e30
 """Stands for -inf: chosen after every other expert, and then with weight 0."""
@@ -57,8 +58,7 @@ class SparseMixerRouter(Router):
 
     def __init__(self, num_experts: int, k: ExpertsPerToken, *, jitter: float = 0.1) -> None:
         super().__init__(num_experts, k, jitter=jitter)
-        if self.k_min != self.k_max:
-            raise ValueError(f"router {self.name!r} takes one k, got the band ({self.k_min}, {self.k_max})")
+        self.one_k()
         if not 0 <= jitter <= 1:
             raise ValueError(f"jitter of router {self.name!r} must be from 0 to 1, got {jitter}")
         self.jitter = jitter
@@ -110,9 +110,8 @@ class SparseMixerRouter(Router):
     def _estimate(self, weight: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """The whole weight or a part of it, with the gradient of the whole times the gain."""
         whole = best | (torch.rand_like(weight) < self.whole)
-        value = torch.where(whole, weight, weight / self.parts)
-        slope = self.gain * weight
-        return value.detach() + (slope - slope.detach())
+        value = torch.where(whole, weight, weight / self.parts).detach()
+        return straight_through(value, self.gain * weight)
 
 
 @register_router("sparsemixer_v2")
