@@ -12,6 +12,7 @@ from torch import nn
 from probmoe_ext.ops import route_dirmoe
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.calibration import calibrate_concentration, calibrate_ratio, mean_simpson
+from probmoe_ext.routers.topk import chosen, weights_at
 
 DEFAULT_EXCESS = 0.05
 """Where the prior's Simpson index lies by default, between that of its mean (0) and 1."""
@@ -144,17 +145,8 @@ class DirMoERouter(Router):
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route ``[T, E]`` logits by hidden states ``[T, H]`` to weights and indices ``[T, k_max]``."""
         alpha_hi, alpha_lo = self.concentrations(hidden_states)
-        weights, indices, kl, open_gates = route_dirmoe(
-            logits.float() + self.gate_bias.float(),
-            alpha_hi,
-            alpha_lo,
-            self.k,
-            temperature=self.temperature,
-            concentration=self.concentration,
-            prior=(self.prior_concentration, self.prior_hi, self.prior_lo),
-            training=self.training,
-            normalize=self.normalize,
-        )
+        gates = logits.float() + self.gate_bias.float()
+        weights, indices, kl, open_gates = self._route(gates, alpha_hi, alpha_lo, self.k, self.normalize)
         weights = weights.to(logits.dtype)
         if self.training:
             penalty = (open_gates - self.target).square()
@@ -166,6 +158,45 @@ class DirMoERouter(Router):
             weights = self.join_loss(weights, self.sparsity_weight * penalty.sum() / tokens, "sparsity")
             self.open_gates = open_gates.detach().sum() / tokens
         return weights, indices
+
+    def weights_for(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        indices: torch.Tensor,
+        scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weights of given experts ``[T, K]``, with the losses left out.
+
+        In training their entries of ``r``, from a draw of gates and ``theta`` over all experts: from the state of the
+        generator in which :meth:`forward` chose them, the weights that it returned. In evaluation their shares of the
+        posterior's mean, with just their gates open.
+        """
+        alpha_hi, alpha_lo = self.concentrations(hidden_states)
+        if self.training:
+            # In double precision, since the shares of closed gates may be small.
+            gates = logits.double() + self.gate_bias.double()
+            r, places, *_ = self._route(gates, alpha_hi.double(), alpha_lo.double(), self.num_experts, False)
+            dense = gates.new_zeros(len(gates), self.num_experts + 1).scatter(-1, places, r)[..., :-1]
+        else:
+            dense = alpha_hi
+        dense = dense * chosen(indices, self.num_experts, dense.dtype)
+        return weights_at(indices, dense, self.normalize or not self.training).to(logits.dtype)
+
+    def _route(
+        self, gates: torch.Tensor, alpha_hi: torch.Tensor, alpha_lo: torch.Tensor, k: ExpertsPerToken, normalize: bool
+    ) -> tuple[torch.Tensor, ...]:
+        return route_dirmoe(
+            gates,
+            alpha_hi,
+            alpha_lo,
+            k,
+            temperature=self.temperature,
+            concentration=self.concentration,
+            prior=(self.prior_concentration, self.prior_hi, self.prior_lo),
+            training=self.training,
+            normalize=normalize,
+        )
 
 
 def dirmoe_routers(model: nn.Module) -> Iterator[DirMoERouter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from benchmarks.dirmoe_sparsity import train_toy
 from probmoe_ext import routers
-from probmoe_ext.hf import restore_router, routing_of, swap_router
+from probmoe_ext.hf import record_routing, replay_routing, restore_router, routing_of, swap_router
 from probmoe_ext.routers import DirMoERouter, aux_losses, make_router
 from probmoe_ext.routers.context import Batch
 from tests.contract import assert_near
@@ -206,6 +207,37 @@ def test_padding_counts_for_nothing() -> None:
         assert_near(masked, alone, 1e-6, "masked")
 
 
+@pytest.mark.parametrize("k", [1, 3, (1, 3)], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_given_experts_have_the_weights_that_they_were_chosen_with(k: Any, normalize: bool, training: bool) -> None:
+    router = router_of(8, k, normalize=normalize).train(training)
+    torch.nn.init.normal_(router.heads.weight, std=0.3)
+    states, found = torch.randn(T, H), []
+    logits = torch.randn(T, 8)
+    torch.manual_seed(4)
+    weights, indices = router(states, logits.requires_grad_())
+    upstream = torch.randn(weights.shape)
+    torch.manual_seed(4)
+    given = router.weights_for(states, logits, indices)
+    assert_near(given, weights, 1e-5, "weights")
+    router.kl_weight = router.sparsity_weight = 0.0
+    torch.manual_seed(4)
+    inputs = (logits, *router.parameters())
+    for result in (router(states, logits)[0], given):
+        gradients = torch.autograd.grad((result * upstream).sum(), inputs, allow_unused=True)
+        found.append([torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)])
+    for one, two in zip(*found, strict=True):
+        assert_near(two, one, 1e-4, "gradients")
+    other = torch.tensor([[5, 8, 0]]).expand(T, 3)
+    torch.manual_seed(4)
+    weights = router.weights_for(states, logits, other)
+    assert (weights[:, 1] == 0).all()
+    assert (weights[:, [0, 2]] > 0).all()
+    if normalize or not training:
+        assert_near(weights.sum(-1), torch.ones(T), 1e-6, "sum")
+
+
 def test_evaluation_takes_the_largest_gates() -> None:
     router = router_of(8, 3).eval()
     logits = torch.randn(T, 8)
@@ -286,6 +318,22 @@ def test_swap_trains_saves_and_restores() -> None:
     restored = restore_router(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in restored.state_dict().items())
     assert torch.equal(restored(ids).logits, logits)
+
+
+def test_replay() -> None:
+    from tests.hf.models import gates, tiny, tokens
+
+    model, ids = swap_router(tiny("olmoe"), "dirmoe", k=2), tokens()
+    with record_routing(model) as record:
+        before = model(ids).logits
+    with replay_routing(model, record):
+        assert_near(model(ids).logits, before, 1e-4, "logits")
+    seen: list[torch.Tensor] = []
+    gates(model)[1].register_forward_hook(lambda gate, args, output: seen.append(output[2]))
+    with replay_routing(model.train(), record):
+        model(ids, labels=ids).loss.backward()
+    assert torch.equal(seen[0], list(record.passes[0].values())[1].long())
+    assert all((gate.weight.grad != 0).any() for gate in gates(model))
 
 
 def test_bfloat16_and_checkpointing() -> None:
