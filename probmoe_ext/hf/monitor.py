@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from probmoe_ext.files import append_line, read_lines, write_lines
 from probmoe_ext.hf.context import BatchCarrier
 from probmoe_ext.hf.form import read_form
 from probmoe_ext.hf.gate import SwappedGate
@@ -170,8 +170,7 @@ class RoutingMonitor(TrainerCallback):
         """Append a report to the JSONL file, if there is one."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **_rounded(report)}) + "\n")
+            append_line(self.path, {"step": step, **_rounded(report)})
 
     def attach(self, trainer: Any) -> RoutingMonitor:
         """Add this callback to a Trainer, before those that write logs, so that they see the metrics too.
@@ -189,10 +188,9 @@ class RoutingMonitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count training passes from here; a resumed run writes behind the lines that it has."""
         if self.path is not None and state.is_world_process_zero:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-            kept = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
+            kept = [line for line in read_lines(self.path) if state.global_step and line["step"] <= state.global_step]
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_lines(self.path, kept)
         if args.report_to and not self.first and state.is_world_process_zero:
             warnings.warn(
                 f"the routing metrics come too late for {', '.join(args.report_to)}: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from probmoe_ext.files import append_line, read_lines, write_lines
 from probmoe_ext.train.models import Routing, write_routing
 
 
@@ -27,18 +27,16 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep only the lines up to the step at which training starts."""
         self.started = time.perf_counter()
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step] if state.global_step else []
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if state.is_world_process_zero:
+            kept = [line for line in read_lines(self.path) if state.global_step and line["step"] <= state.global_step]
+            write_lines(self.path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write one line."""
         if not state.is_world_process_zero:
             return
         seconds = round(time.perf_counter() - self.started, 3)
-        line = {"step": state.global_step, "seconds": seconds, **(logs or {})}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, {"step": state.global_step, "seconds": seconds, **(logs or {})})
 
 
 class StepClock(TrainerCallback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from probmoe_ext.files import write_json, write_text
 from probmoe_ext.train.evaluate import Result, evaluate
 from probmoe_ext.train.finetune import Summary, finetune
 from probmoe_ext.train.models import Routing
@@ -91,8 +91,8 @@ def _run(folder: Path, seed: int, budget: Budget, quiet: bool) -> str:
     seconds = time.perf_counter() - began
     text = _report(rows, budget, seed, seconds, start.parameters)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(_record(rows, budget, seed, seconds), indent=2) + "\n", "utf-8")
+    write_text(folder / "results.md", text + "\n")
+    write_json(folder / "results.json", _record(rows, budget, seed, seconds))
     print(
         f"{'' if quiet else chr(10)}{text}\n\nresults: {folder / 'results.md'}, {folder / 'results.json'}", flush=True
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import statistics
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from probmoe_ext.files import write_json
 from probmoe_ext.train.callbacks import LossProgress, MetricsFile, RoutingBesideCheckpoints, StepClock
 from probmoe_ext.train.data import Example, load_examples, split_holdout
 from probmoe_ext.train.encode import Encoded, PadRight, encode, pad_token
@@ -118,7 +118,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     if overwrite and folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+    write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
     clock = StepClock()
     trainer = Trainer(
         model=model,
@@ -147,7 +147,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     summary = _summarize(
         config, routing, trainer, model.num_parameters(), result.training_loss, heldout_loss, clock, seconds, rows
     )
-    _write_json(folder / SUMMARY_FILE, dataclasses.asdict(summary))
+    write_json(folder / SUMMARY_FILE, dataclasses.asdict(summary))
     return summary
 
 
@@ -264,7 +264,3 @@ def _summarize(
         parameters=parameters,
         device=str(trainer.args.device),
     )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

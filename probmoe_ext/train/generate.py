@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,31 @@ from probmoe_ext.train.errors import UsageError
 from probmoe_ext.train.protocols import cut
 
 
+def prompt_tokens(config: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Tokenize prompts; one that does not fit into the model's positions beside the output loses its beginning.
+
+    Args:
+        config: the model's configuration.
+        tokenizer: the model's tokenizer.
+        prompts: any number.
+        max_new_tokens: length of the longest output.
+
+    Raises:
+        UsageError: `max_new_tokens` leaves no room for a prompt.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    room = positions - max_new_tokens if positions else None
+    if room is not None and room < 1:
+        raise UsageError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {positions} positions")
+    return [ids[-room:] if room else ids for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first, so that running out of memory comes at once."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def generate_outputs(
     model: Any,
     tokenizer: Any,
@@ -21,10 +46,12 @@ def generate_outputs(
     max_new_tokens: int,
     stop: Sequence[str],
     batch_size: int,
+    done: Collection[int] = (),
 ) -> Iterator[tuple[int, str]]:
-    """Generate greedily, the longest prompts first (an out-of-memory error comes at once).
+    """Generate greedily, in the batches of `batches_by_length`.
 
-    A prompt that does not fit into the model's positions beside `max_new_tokens` loses its beginning.
+    Which prompts share a batch depends on the prompts alone, not on `done`: what is generated after an interruption is
+    what would have been generated without it, to the last bit.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -33,6 +60,7 @@ def generate_outputs(
         max_new_tokens: length of the longest output.
         stop: strings at which an output ends.
         batch_size: prompts generated at once.
+        done: indices of prompts that have their output; a batch without another one is passed over.
 
     Yields:
         The index of a prompt and its output, without stop string and special tokens, batch by batch.
@@ -40,19 +68,15 @@ def generate_outputs(
     Raises:
         UsageError: `max_new_tokens` leaves no room for a prompt.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    room = positions - max_new_tokens if positions else None
-    if room is not None and room < 1:
-        raise UsageError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {positions} positions")
-    tokens = [ids[-room:] if room else ids for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    tokens = prompt_tokens(model.config, tokenizer, prompts, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
     filler = pad_token(tokenizer)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=filler, eos_token_id=sorted(ends) or None
     )
-    order = sorted(range(len(tokens)), key=lambda index: (-len(tokens[index]), index))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in batches_by_length([len(ids) for ids in tokens], batch_size):
+        if all(index in done for index in batch):
+            continue
         longest = len(tokens[batch[0]])
         padded = torch.tensor([[filler] * (longest - len(tokens[index])) + tokens[index] for index in batch])
         mask = torch.tensor([[0] * (longest - len(tokens[index])) + [1] * len(tokens[index]) for index in batch])

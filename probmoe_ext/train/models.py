@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from probmoe_ext.files import write_json
 from probmoe_ext.hf import from_pretrained, restore_router, routing_of, swap_router
 from probmoe_ext.hf.entry import entry_of
 from probmoe_ext.train.errors import UsageError
@@ -43,7 +44,7 @@ class Routing:
 
 def write_routing(folder: Path, routing: Routing) -> None:
     """Record a routing beside the weights in `folder`."""
-    (folder / ROUTING_FILE).write_text(json.dumps(asdict(routing), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / ROUTING_FILE, asdict(routing))
 
 
 def read_routing(folder: Path) -> Routing:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import OlmoeForCausalLM
 
 from probmoe_ext.train.data import load_examples
 from probmoe_ext.train.errors import UsageError
 from probmoe_ext.train.evaluate import evaluate
 from probmoe_ext.train.finetune import finetune
-from probmoe_ext.train.generate import generate_outputs
+from probmoe_ext.train.generate import batches_by_length, generate_outputs
 from probmoe_ext.train.models import Routing, load_model
 from probmoe_ext.train.options import EvalConfig
 from probmoe_ext.train.protocols import few_shot_prompts, prompt_a, prompt_b
@@ -60,17 +61,22 @@ def test_an_interrupted_evaluation_goes_on(tiny_run: Path, tmp_path: Path, monke
     whole = evaluate(config, quiet=True)
     path = tmp_path / "samples-zero-shot.jsonl"
     lines = path.read_text("utf-8").splitlines()
-    # Two samples, and a third that was being written.
-    path.write_text("\n".join([*lines[:2], lines[2][:20]]) + "\n", "utf-8")
-    asked: list[str] = []
+    _, tokenizer = load_model(str(tiny_run), Routing(), "float32")
+    lengths = [len(tokenizer(json.loads(line)["prompt"])["input_ids"]) for line in lines]
+    first, second = batches_by_length(lengths, config.batch_size)
+    # As in a crash: the first batch is written, and of the second one sample, and a piece of another.
+    kept = [{name: json.loads(lines[index])[name] for name in ("index", "output")} for index in (*first, second[0])]
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in kept) + '{"index": 5, "out', "utf-8")
+    batches: list[int] = []
 
-    def watched(model: object, tokenizer: object, prompts: list[str], **rest: object):  # type: ignore[no-untyped-def]
-        asked.extend(prompts)
-        return generate_outputs(model, tokenizer, prompts, **rest)  # type: ignore[arg-type]
+    def watched(self: object, input_ids: torch.Tensor, **rest: object) -> torch.Tensor:
+        batches.append(len(input_ids))
+        return generate(self, input_ids=input_ids, **rest)
 
-    monkeypatch.setattr("probmoe_ext.train.evaluate.generate_outputs", watched)
+    generate = OlmoeForCausalLM.generate
+    monkeypatch.setattr(OlmoeForCausalLM, "generate", watched)
     again = evaluate(config, quiet=True)
-    assert asked == [json.loads(line)["prompt"] for line in lines[2:]]
+    assert batches == [len(second)]
     assert again.scores == whole.scores
     assert path.read_text("utf-8").splitlines() == lines
 

@@ -1,0 +1,60 @@
+"""Files that are whole at any moment: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file that readers see either as it was or whole, also after a crash or on a full disk.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it then.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping as indented JSON; see `write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write mappings as JSON, one a line; see `write_text`."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a mapping to a file of JSON lines. A crash can leave half a line, which `read_lines` passes over."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines that a process may have been stopped in; no file is no lines.
+
+    Returns:
+        Its mappings, without a line that was not finished.
+    """
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
