@@ -8,19 +8,28 @@ transformers nor a GPU, and initialises no CUDA.
 
 from __future__ import annotations
 
+import sys as _sys
+from itertools import pairwise as _pairwise
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-import torch as _torch  # noqa: F401  (the extension module needs torch's libraries loaded)
 
-from . import _C, distributions, ops, reference, routers
-from .ops import fallback as _fallback
+def _is_command() -> bool:
+    """Whether this process is ``probmoe`` or ``python -m probmoe_ext``.
+
+    The command imports what it runs by itself: its help comes without torch, and its doctor also where torch or the
+    extension cannot be imported.
+    """
+    return _Path(_sys.argv[0]).name == "probmoe" or ("-m", "probmoe_ext") in _pairwise(_sys.orig_argv)
+
+
+if _TYPE_CHECKING or not _is_command():
+    from . import distributions, ops, reference, routers
 
 __version__ = "0.1.0"
 
 __all__ = ["build_info", "distributions", "from_pretrained", "ops", "reference", "routers"]
-
-
-_fallback.register_fallbacks()
 
 
 def build_info() -> dict[str, object]:
@@ -30,6 +39,10 @@ def build_info() -> dict[str, object]:
         Keys ``version``, ``compiler``, ``built_with_torch``, ``torch_target_version``, ``cuda`` (toolkit version, or
         None for a CPU-only build), ``cuda_architectures`` and ``instruction_set``.
     """
+    import torch  # noqa: F401  (the extension module needs torch's libraries loaded)
+
+    from . import _C
+
     return {**_C.build_info(), "instruction_set": _C.instruction_set()}
 
 

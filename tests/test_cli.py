@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from probmoe_ext.cli import main
 from probmoe_ext.train.errors import UsageError
 from probmoe_ext.train.options import EvalConfig, TrainConfig, describe, load_config, parse_k
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "demo"])
@@ -29,16 +32,27 @@ def test_every_setting_is_described() -> None:
         assert set(describe(kind)) == {one.name for one in dataclasses.fields(kind)}
 
 
-def test_no_heavy_import_for_the_parser() -> None:
-    code = (
-        "import sys, types, importlib.util\n"
-        # The package itself imports torch; the command line has to add nothing to that.
-        "import probmoe_ext\n"
-        "from probmoe_ext.cli import main\n"
-        "main(['--help'])\n"
-        "assert not {'transformers', 'datasets', 'tokenizers', 'accelerate'} & set(sys.modules)\n"
+@pytest.mark.parametrize("start", ["-m", "script"])
+def test_help_comes_without_torch(start: str, tmp_path: Path) -> None:
+    script = tmp_path / "probmoe"
+    script.write_text("import sys\nfrom probmoe_ext.cli import main\nsys.exit(main())\n", "utf-8")
+    command = ["-m", "probmoe_ext"] if start == "-m" else [str(script)]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "train", "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "examples:" in done.stdout
+    assert "probmoe_ext.commands.train" in imported
+    assert not {"torch", "transformers", "datasets", "tokenizers", "accelerate", "yaml"} & imported
+
+
+def test_the_package_registers_its_operators_on_import() -> None:
+    code = "import torch, probmoe_ext; torch.ops.probmoe_ext.subset_log_partition; probmoe_ext.routers.make_router"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_module_is_the_command() -> None:
@@ -155,7 +169,7 @@ def test_configuration_files(tmp_path: Path) -> None:
 
 
 def test_the_configurations_of_the_repository_are_valid() -> None:
-    folder = Path(__file__).resolve().parents[1] / "configs"
+    folder = ROOT / "configs"
     # Those of accelerate are read by tests/hf/test_parallel.py.
     names = sorted(path.name for path in folder.glob("*.yaml") if not path.name.startswith("accelerate"))
     assert names

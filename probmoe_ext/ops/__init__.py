@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .dirichlet import dirichlet_entropy, dirichlet_kl, dirichlet_log_prob, dirichlet_sample
 from .dirmoe import route_dirmoe
+from .fallback import register_fallbacks as _register_fallbacks
 from .gamma import log_gamma_sample, standard_gamma_grad
 from .gumbel import gumbel_sigmoid, gumbel_top_k, plackett_luce_log_prob, relaxed_top_k
 from .route import route_probmoe, route_top_k
@@ -54,3 +55,5 @@ __all__ = [
     "subset_pairwise",
     "subset_sample",
 ]
+
+_register_fallbacks()
