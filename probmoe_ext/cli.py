@@ -6,9 +6,14 @@ Exit codes: 0 done, 1 a failed run, 2 wrong usage (one line that says what to ch
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from probmoe_ext.commands import (
@@ -67,23 +72,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
-    try:
-        return int(options.run(options) or 0)
-    except UsageError as error:
-        return _stop(2, f"probmoe {options.command}: {error}")
-    except KeyboardInterrupt:
-        return _stop(1, f"probmoe {options.command}: interrupted{f', {options.go_on}' if options.go_on else ''}")
-    except ModuleNotFoundError as error:
-        needed = ("accelerate", "datasets", "tokenizers", "transformers", "yaml")
-        missing = (error.name or "").split(".")[0]
-        if missing not in needed:
-            raise
-        return _stop(1, f"probmoe {options.command}: no module named {missing!r}. {MISSING_PACKAGES}")
-    except Exception as error:
-        traceback.print_exc()
-        return _stop(1, f"probmoe {options.command}: failed: {type(error).__name__}: {error}")
+    with _terminable():
+        try:
+            return int(options.run(options) or 0)
+        except UsageError as error:
+            return _stop(2, options, str(error))
+        except KeyboardInterrupt as error:
+            return _stop(1, options, " ".join(["interrupted", *map(str, error.args)]), options.go_on())
+        except ModuleNotFoundError as error:
+            needed = ("accelerate", "datasets", "tokenizers", "transformers", "yaml")
+            missing = (error.name or "").split(".")[0]
+            if missing not in needed:
+                raise
+            return _stop(1, options, f"no module named {missing!r}. {MISSING_PACKAGES}")
+        except Exception as error:
+            reason = _outside_reason(error)
+            if reason is not None:
+                return _stop(1, options, reason, options.go_on())
+            traceback.print_exc()
+            return _stop(1, options, f"failed: {type(error).__name__}: {error}")
 
 
-def _stop(code: int, message: str) -> int:
-    print(message, file=sys.stderr)
+def _stop(code: int, options: argparse.Namespace, *messages: str) -> int:
+    print(f"probmoe {options.command}: {'; '.join(filter(None, messages))}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _outside_reason(error: Exception) -> str | None:
+    """One line for a failure that is not the program's: disk, permissions, network, memory; None for others."""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return place + (error.strerror or " ".join(str(error).split()))
+    # safetensors and torch put the system's error into one of their own.
+    system = re.search(r"\(os error (\d+)\)", str(error))
+    if system:
+        return f"cannot write weights: {os.strerror(int(system[1]))}"
+    if "PytorchStreamWriter failed writing" in str(error):
+        return "cannot write a checkpoint: is the disk full?"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory: set a smaller --batch-size"
+    return None

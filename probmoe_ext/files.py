@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ def write_text(path: Path, text: str) -> None:
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
+        with _named(path), unfinished.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -39,7 +41,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append a mapping to a file of JSON lines. A crash can leave half a line, which `read_lines` passes over."""
-    with path.open("a", encoding="utf-8") as file:
+    with _named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -58,3 +60,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made, or written into, before there is anything to write.
+
+    Raises:
+        NotADirectoryError: a file is in the way.
+        PermissionError: it cannot.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give the system's errors on an open file the name of the file, which they lack."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise

@@ -107,24 +107,6 @@ def test_a_line_of_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"{path}, line 2: 'answer' is missing" in capsys.readouterr().err
 
 
-def test_a_failed_run_is_exit_code_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*arguments: object, **options: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("probmoe_ext.train.finetune.finetune", fail)
-    assert main(["train", "--output", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().err.endswith("probmoe train: failed: OSError: no space left on device\n")
-
-    def interrupt(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("probmoe_ext.train.finetune.finetune", interrupt)
-    assert main(["train", "--output", str(tmp_path / "run")]) == 1
-    assert "interrupted, go on with --resume" in capsys.readouterr().err
-
-
 def test_train_and_evaluate_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

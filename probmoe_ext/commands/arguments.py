@@ -20,7 +20,6 @@ def add_command(
     *,
     examples: str,
     run: Callable[[argparse.Namespace], int | None],
-    go_on: str = "",
 ) -> argparse.ArgumentParser:
     """Add a command to the parser of ``probmoe``.
 
@@ -29,8 +28,8 @@ def add_command(
         name: of the command.
         summary: what it does, in a few words that start small.
         examples: text for the end of the help.
-        run: takes the parsed arguments, and returns the exit code (None is 0).
-        go_on: what to tell who interrupts it.
+        run: takes the parsed arguments, and returns the exit code (None is 0). It sets ``options.go_on`` to a function
+            without arguments that tells how to go on after an interruption or a full disk.
 
     Returns:
         The parser of the command, which knows ``--quiet``.
@@ -42,7 +41,7 @@ def add_command(
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=run, go_on=go_on)
+    command.set_defaults(run=run, go_on=lambda: "")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     return command
 

@@ -28,12 +28,7 @@ scores:
 def register(commands: Any) -> None:
     """Add the command to the parser of ``probmoe``."""
     parser = add_command(
-        commands,
-        "eval",
-        "generate answers to test problems and score them",
-        examples=EXAMPLES,
-        run=run,
-        go_on="the same command goes on",
+        commands, "eval", "generate answers to test problems and score them", examples=EXAMPLES, run=run
     )
     add_settings(parser, EvalConfig)
 
@@ -43,7 +38,10 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(EvalConfig, options.config, given_settings(options, EvalConfig))
     calm_libraries()
     from probmoe_ext.train.evaluate import evaluate
+    from probmoe_ext.train.evaluation import SETTINGS_FILE
 
+    same = f"the same command{' without --overwrite' if options.overwrite else ''} goes on"
+    options.go_on = lambda: same if (config.folder / SETTINGS_FILE).is_file() else ""
     result = evaluate(config, overwrite=options.overwrite, quiet=options.quiet)
     print(result.table())
     print(f"\nsamples and scores: {result.folder}")

@@ -27,14 +27,7 @@ examples:
 
 def register(commands: Any) -> None:
     """Add the command to the parser of ``probmoe``."""
-    parser = add_command(
-        commands,
-        "train",
-        "fine-tune a model with a router",
-        examples=EXAMPLES,
-        run=run,
-        go_on="go on with --resume RUN",
-    )
+    parser = add_command(commands, "train", "fine-tune a model with a router", examples=EXAMPLES, run=run)
     add_settings(parser, TrainConfig)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
 
@@ -46,10 +39,12 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--resume takes the settings from the run; leave out the other settings")
     config = None if options.resume else load_config(TrainConfig, options.config, given)
     calm_libraries()
-    from probmoe_ext.train.finetune import finetune, load_run
+    from probmoe_ext.train.finetune import CONFIG_FILE, finetune, load_run
 
     if config is None:
         config = load_run(Path(options.resume))
+    folder = config.folder
+    options.go_on = lambda: f"go on with: probmoe train --resume {folder}" if (folder / CONFIG_FILE).is_file() else ""
     summary = finetune(config, resume=bool(options.resume), overwrite=options.overwrite, quiet=options.quiet)
     lost = f", {summary.shortened} cut, {summary.dropped} left out" if summary.shortened or summary.dropped else ""
     heldout = "" if summary.heldout_loss is None else f", held-out loss {summary.heldout_loss:.4f}"

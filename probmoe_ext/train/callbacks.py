@@ -28,7 +28,9 @@ class MetricsFile(TrainerCallback):
         """Keep only the lines up to the step at which training starts."""
         self.started = time.perf_counter()
         if state.is_world_process_zero:
-            kept = [line for line in read_lines(self.path) if state.global_step and line["step"] <= state.global_step]
+            kept = [line for line in read_lines(self.path) if line["step"] <= state.global_step]
+            # The Trainer's closing words on a part of the run are left out as well.
+            kept = [line for line in kept if state.global_step and "train_runtime" not in line]
             write_lines(self.path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from probmoe_ext.files import read_lines
+from probmoe_ext.files import check_writable, read_lines
 from probmoe_ext.train.data import Example, load_examples
 from probmoe_ext.train.errors import UsageError
 from probmoe_ext.train.models import Routing, check_k, check_router, load_config_of, pick_device, read_routing
@@ -92,11 +92,10 @@ def prepare(config: EvalConfig, *, overwrite: bool = False) -> Evaluation:
     problems = load_examples(source, "test")[: config.limit]
     device = pick_device(config.device)
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    folder = _folder(config)
     fingerprint = _fingerprint(config, routing, source, dtype)
-    if not overwrite:
-        _check_samples(folder, fingerprint)
-    return Evaluation(folder, routing, source, problems, _passes(config, source, problems), device, dtype, fingerprint)
+    _check_folder(config.folder, fingerprint, overwrite)
+    passes = _passes(config, source, problems)
+    return Evaluation(config.folder, routing, source, problems, passes, device, dtype, fingerprint)
 
 
 def _routing(config: EvalConfig) -> Routing:
@@ -115,13 +114,6 @@ def _trained_on(model: Path) -> str | None:
     return None
 
 
-def _folder(config: EvalConfig) -> Path:
-    if config.output:
-        return Path(config.output)
-    model = Path(config.model)
-    return model / "eval" if model.is_dir() else Path("runs") / f"eval-{model.name}"
-
-
 def _fingerprint(config: EvalConfig, routing: Routing, source: str, dtype: str) -> dict[str, Any]:
     weights = sorted(Path(config.model).glob("*.safetensors")) if Path(config.model).is_dir() else []
     return {
@@ -136,13 +128,14 @@ def _fingerprint(config: EvalConfig, routing: Routing, source: str, dtype: str) 
     }
 
 
-def _check_samples(folder: Path, fingerprint: dict[str, Any]) -> None:
+def _check_folder(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> None:
     path = folder / SETTINGS_FILE
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {str(folder)!r} is a file; give a folder")
-    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != fingerprint:
+    if not overwrite and path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != fingerprint:
         changed = ", ".join(name for name in fingerprint if before.get(name) != fingerprint[name])
         raise UsageError(f"{folder} holds samples with another {changed}: use --overwrite or another --output")
+    check_writable(folder)
 
 
 def _passes(config: EvalConfig, source: str, problems: list[Example]) -> list[Pass]:

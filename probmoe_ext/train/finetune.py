@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from probmoe_ext.files import write_json
+from probmoe_ext.files import check_writable, write_json
 from probmoe_ext.train.callbacks import LossProgress, MetricsFile, RoutingBesideCheckpoints, StepClock
+from probmoe_ext.train.checkpoints import last_checkpoint, remove_unfinished, save_final
 from probmoe_ext.train.data import Example, load_examples, split_holdout
 from probmoe_ext.train.encode import Encoded, PadRight, encode, pad_token
 from probmoe_ext.train.errors import UsageError
+from probmoe_ext.train.interrupt import StopOnSignal
 from probmoe_ext.train.models import (
     Routing,
     apply_routing,
@@ -101,6 +102,8 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
 
     Raises:
         UsageError: settings that do not fit together, the model or the data; nothing has been written then.
+        OSError: the folder cannot be written, or the disk is full; the last whole checkpoint is there to resume from.
+        KeyboardInterrupt: a signal ended the training; the step that was under way has its checkpoint.
     """
     folder, routing = config.folder, Routing(config.router, config.k, config.router_options)
     _check(config, folder, resume, overwrite)
@@ -108,7 +111,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     examples = load_examples(config.data, "train")
     training, heldout = split_holdout(examples, config.holdout)
     training = training[: config.limit]
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    checkpoint = last_checkpoint(folder) if resume else None
     set_seed(config.seed)
     model, tokenizer = _load(config, routing, training, checkpoint)
     prompt = PROMPTS[config.prompt]
@@ -119,7 +122,10 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
-    clock = StepClock()
+    if checkpoint is not None:
+        write_routing(checkpoint, routing)
+    remove_unfinished(folder)
+    clock, stop = StepClock(), StopOnSignal()
     trainer = Trainer(
         model=model,
         args=_arguments(config, folder, len(rows.rows), device),
@@ -127,7 +133,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         eval_dataset=_Rows(heldout_rows.rows) if heldout else None,
         data_collator=PadRight(pad_token(tokenizer)),
         processing_class=tokenizer,
-        callbacks=[MetricsFile(folder / METRICS_FILE), RoutingBesideCheckpoints(routing), clock],
+        callbacks=[MetricsFile(folder / METRICS_FILE), RoutingBesideCheckpoints(routing), clock, stop],
     )
     # Which of the two the Trainer installs depends on the logging level; ours takes the place of either.
     trainer.remove_callback(ProgressCallback)
@@ -135,14 +141,21 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     if not quiet:
         trainer.add_callback(LossProgress(str(routing)))
     began = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        with stop:
+            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except BaseException:
+        remove_unfinished(folder)
+        raise
+    if stop.stopped:
+        raise KeyboardInterrupt(f"after step {trainer.state.global_step} of {trainer.state.max_steps}")
     seconds = time.perf_counter() - began
     best = trainer.state.best_model_checkpoint
     if config.select == "best" and best is not None:
         # The Trainer's own loading knows the weights by their names in memory; on disk those of experts differ.
         model.load_state_dict(load_model(best, routing, config.dtype, config.experts)[0].state_dict())
     heldout_loss = trainer.evaluate()["eval_loss"] if heldout else None
-    trainer.save_model(str(folder))
+    save_final(trainer, folder)
     write_routing(folder, routing)
     summary = _summarize(
         config, routing, trainer, model.num_parameters(), result.training_loss, heldout_loss, clock, seconds, rows
@@ -175,11 +188,12 @@ def _check(config: TrainConfig, folder: Path, resume: bool, overwrite: bool) -> 
         raise UsageError(f"--output {str(folder)!r} is a file; give a folder")
     if (folder / CONFIG_FILE).exists() and not (resume or overwrite):
         raise UsageError(f"{folder} holds a run: use --resume {folder}, --overwrite, or another --output")
+    check_writable(folder)
 
 
-def _load(config: TrainConfig, routing: Routing, training: list[Example], checkpoint: str | None) -> tuple[Any, Any]:
+def _load(config: TrainConfig, routing: Routing, training: list[Example], checkpoint: Path | None) -> tuple[Any, Any]:
     if checkpoint is not None:
-        model, tokenizer = load_model(checkpoint, routing, config.dtype, config.experts)
+        model, tokenizer = load_model(str(checkpoint), routing, config.dtype, config.experts)
     elif config.model == TINY_OLMOE:
         prompt = PROMPTS[config.prompt]
         text = load_examples(config.tokenizer_data, "train") if config.tokenizer_data else training

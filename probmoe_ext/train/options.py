@@ -200,6 +200,14 @@ class EvalConfig:
         _one_of(self, "device", DEVICES)
         _at_least(self, 1, "limit", "batch_size", "max_new_tokens")
 
+    @property
+    def folder(self) -> Path:
+        """The folder for samples and scores."""
+        if self.output:
+            return Path(self.output)
+        model = Path(self.model)
+        return model / "eval" if model.is_dir() else Path("runs") / f"eval-{model.name}"
+
 
 Config = TypeVar("Config", TrainConfig, EvalConfig)
 
