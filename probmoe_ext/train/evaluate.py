@@ -108,7 +108,7 @@ def _generate(
             tokenizer,
             one.prompts,
             max_new_tokens=one.max_new_tokens,
-            stop=one.generation.stop,
+            stop=one.generation.stop_strings(tokenizer.eos_token),
             batch_size=batch_size,
             done=set(outputs),
         )

@@ -72,7 +72,11 @@ def generate_outputs(
     ends = _end_tokens(model, tokenizer)
     filler = pad_token(tokenizer)
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=filler, eos_token_id=sorted(ends) or None
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=filler,
+        eos_token_id=sorted(ends) or None,
+        stop_strings=list(stop),
     )
     for batch in batches_by_length([len(ids) for ids in tokens], batch_size):
         if all(index in done for index in batch):
@@ -85,7 +89,6 @@ def generate_outputs(
                 input_ids=padded.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
-                stop_strings=list(stop),
                 tokenizer=tokenizer,
             )
         for index, row in zip(batch, generated[:, longest:].tolist(), strict=True):

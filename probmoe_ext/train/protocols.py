@@ -25,14 +25,25 @@ class Generation:
         name: ``few-shot`` or ``zero-shot``.
         max_new_tokens: length of the longest output.
         stop: strings that end the output; neither they nor what follows is scored.
+        stop_at_end_text: the characters of the end-of-text token end the output as well, where ordinary tokens spell
+            them.
     """
 
     name: str
     max_new_tokens: int
     stop: tuple[str, ...]
+    stop_at_end_text: bool = False
+
+    def stop_strings(self, end_text: str | None) -> tuple[str, ...]:
+        """All strings that end the output.
+
+        Args:
+            end_text: the end-of-text token of the tokenizer.
+        """
+        return (*self.stop, end_text) if self.stop_at_end_text and end_text else self.stop
 
 
-FEW_SHOT = Generation("few-shot", 256, ("Question:", "</s>", "<|im_end|>"))
+FEW_SHOT = Generation("few-shot", 256, ("Question:", "</s>", "<|im_end|>"), stop_at_end_text=True)
 ZERO_SHOT = Generation("zero-shot", 512, ("Answer the following question", "Question:", "Comment:"))
 
 
