@@ -70,6 +70,14 @@ def test_the_module_is_the_command() -> None:
         ("train --max-steps many", "argument --max-steps: invalid int value: 'many'"),
         ("train --max-steps 0", "max_steps must be at least 1, got 0"),
         ("train --router nope", "--router 'nope' is unknown; known: dirmoe, probmoe, topk"),
+        (
+            "train --router probmo",
+            "--router 'probmo' is unknown (did you mean 'probmoe'?); known: dirmoe",
+        ),
+        (
+            "train --router probmoe --router-option backwards=ste",
+            "no option 'backwards' (did you mean 'backward'?)",
+        ),
         ("train --k 17", "--k 17 is more than the 16 experts of tiny-olmoe"),
         ("train --k 4,2", "a band must rise"),
         ("train --k four", "--k must be a number (4) or a band (2,4), got 'four'"),
@@ -139,7 +147,7 @@ def test_configuration_files(tmp_path: Path) -> None:
     config = load_config(TrainConfig, str(path), {"seed": 7})
     assert (config.k, config.router, config.seed) == ((2, 4), "probmoe", 7)
     for text, message in [
-        ('{"routr": "topk"}', "unknown setting 'routr' in .*; did you mean 'router'"),
+        ('{"routr": "topk"}', "unknown setting 'routr' in .* .did you mean 'router'"),
         ('{"seed": "many"}', "seed must be int, got 'many'"),
         ('{"learning_rate": "fast"}', "learning_rate must be a number"),
         ("[1]", "must hold a mapping"),

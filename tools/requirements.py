@@ -17,7 +17,7 @@ def requirements(extra: str) -> list[str]:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     lines: list[str] = []
     for line in project["optional-dependencies"][extra]:
-        own = re.fullmatch(rf"{project['name']}\[(\w+)\]", line)
+        own = re.fullmatch(rf"{project['name']}\[([\w-]+)\]", line)
         lines += requirements(own.group(1)) if own else [line]
     return lines
 

@@ -50,6 +50,7 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[TrainConfig] | type
     """Add a flag for each setting of a dataclass, with the text of its docstring, and ``--config``."""
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags win over it")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier call left in the folder")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, tell what would be done, and stop")
     texts = describe(kind)
     for one in dataclasses.fields(kind):
         flag, annotation = f"--{one.name.replace('_', '-')}", str(one.type)

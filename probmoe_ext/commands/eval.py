@@ -16,6 +16,8 @@ examples:
     probmoe eval --model runs/mine --data path/to/gsm8k --protocols b,c
   a model from the hub, routed otherwise:
     probmoe eval --model allenai/OLMoE-1B-7B-0125 --data openai/gsm8k --router probmoe --k 6,8
+  how many prompts and tokens that is, without generating:
+    probmoe eval --model runs/mine --data path/to/gsm8k --dry-run
 
 scores:
   A strict-match, A flexible-extract   as lm-eval's gsm8k: 5 shots; "$18.00" is wrong for "18", and dots at the end
@@ -37,6 +39,11 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the scores."""
     config = load_config(EvalConfig, options.config, given_settings(options, EvalConfig))
     calm_libraries()
+    if options.dry_run:
+        from probmoe_ext.train.dry_run import plan_evaluation
+
+        print(plan_evaluation(config, overwrite=options.overwrite))
+        return
     from probmoe_ext.train.evaluate import evaluate
     from probmoe_ext.train.evaluation import SETTINGS_FILE
 

@@ -20,6 +20,8 @@ examples:
     probmoe train --config configs/tiny-olmoe.yaml --seed 43
   an ablation of the router:
     probmoe train --router probmoe --k 4 --router-option backward=ste
+  what would be done, without doing it:
+    probmoe train --config configs/tiny-olmoe.yaml --dry-run
   go on with an interrupted run:
     probmoe train --resume runs/tiny-olmoe-probmoe-k2-4
 """
@@ -43,6 +45,11 @@ def run(options: argparse.Namespace) -> None:
 
     if config is None:
         config = load_run(Path(options.resume))
+    if options.dry_run:
+        from probmoe_ext.train.dry_run import plan_training
+
+        print(plan_training(config, resume=bool(options.resume), overwrite=options.overwrite))
+        return
     folder = config.folder
     options.go_on = lambda: f"go on with: probmoe train --resume {folder}" if (folder / CONFIG_FILE).is_file() else ""
     summary = finetune(config, resume=bool(options.resume), overwrite=options.overwrite, quiet=options.quiet)

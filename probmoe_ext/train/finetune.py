@@ -106,7 +106,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         KeyboardInterrupt: a signal ended the training; the step that was under way has its checkpoint.
     """
     folder, routing = config.folder, Routing(config.router, config.k, config.router_options)
-    _check(config, folder, resume, overwrite)
+    check_request(config, resume=resume, overwrite=overwrite)
     device = pick_device(config.device)
     examples = load_examples(config.data, "train")
     training, heldout = split_holdout(examples, config.holdout)
@@ -175,7 +175,14 @@ def load_run(folder: Path) -> TrainConfig:
     return load_config(TrainConfig, str(folder / CONFIG_FILE), {"output": str(folder)})
 
 
-def _check(config: TrainConfig, folder: Path, resume: bool, overwrite: bool) -> None:
+def check_request(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Check settings, model and folder before anything is loaded or written.
+
+    Raises:
+        UsageError: what is wrong, and what to change.
+        OSError: the folder cannot be written.
+    """
+    folder = config.folder
     check_router(config.router)
     if config.model == TINY_OLMOE:
         largest = config.k if isinstance(config.k, int) or config.k is None else config.k[1]
@@ -195,10 +202,7 @@ def _load(config: TrainConfig, routing: Routing, training: list[Example], checkp
     if checkpoint is not None:
         model, tokenizer = load_model(str(checkpoint), routing, config.dtype, config.experts)
     elif config.model == TINY_OLMOE:
-        prompt = PROMPTS[config.prompt]
-        text = load_examples(config.tokenizer_data, "train") if config.tokenizer_data else training
-        text = text[:TOKENIZER_EXAMPLES]
-        model, tokenizer = build_tiny((f"{prompt(one.question)} {one.answer}" for one in text), config.seed)
+        model, tokenizer = build_tiny(tokenizer_text(config, training), config.seed)
         model.to(getattr(torch, config.dtype))
         set_experts(model, config.experts)
         apply_routing(model, routing)
@@ -215,12 +219,28 @@ def _load(config: TrainConfig, routing: Routing, training: list[Example], checkp
     return model, tokenizer
 
 
+def tokenizer_text(config: TrainConfig, training: list[Example]) -> list[str]:
+    """What the tokenizer of ``tiny-olmoe`` is trained on."""
+    examples = load_examples(config.tokenizer_data, "train") if config.tokenizer_data else training
+    prompt = PROMPTS[config.prompt]
+    return [f"{prompt(one.question)} {one.answer}" for one in examples[:TOKENIZER_EXAMPLES]]
+
+
+def optimizer_steps(config: TrainConfig, examples: int) -> int:
+    """Number of optimizer steps for so many training examples."""
+    batch = config.total_batch or config.batch_size
+    return config.max_steps or math.ceil(math.ceil(examples / batch) * config.epochs)
+
+
+def peak_rate(config: TrainConfig) -> float:
+    """The peak learning rate."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return TINY_RATE if config.model == TINY_OLMOE else PAPER_RATE
+
+
 def _arguments(config: TrainConfig, folder: Path, examples: int, device: torch.device) -> TrainingArguments:
     accumulation = (config.total_batch or config.batch_size) // config.batch_size
-    steps = config.max_steps or math.ceil(math.ceil(examples / (config.batch_size * accumulation)) * config.epochs)
-    rate = config.learning_rate
-    if rate is None:
-        rate = TINY_RATE if config.model == TINY_OLMOE else PAPER_RATE
     strategy = "epoch" if config.save_steps is None else "steps"
     return TrainingArguments(
         output_dir=str(folder),
@@ -229,9 +249,9 @@ def _arguments(config: TrainConfig, folder: Path, examples: int, device: torch.d
         gradient_accumulation_steps=accumulation,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        learning_rate=rate,
+        learning_rate=peak_rate(config),
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(steps * config.warmup),
+        warmup_steps=math.ceil(optimizer_steps(config, examples) * config.warmup),
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from probmoe_ext.files import write_json
 from probmoe_ext.hf import from_pretrained, restore_router, routing_of, swap_router
 from probmoe_ext.hf.entry import entry_of
-from probmoe_ext.train.errors import UsageError
+from probmoe_ext.routers import available_routers, router_options
+from probmoe_ext.train.errors import UsageError, nearest
 from probmoe_ext.train.options import ExpertsPerToken, parse_k
 
 ROUTING_FILE = "routing.json"
@@ -65,10 +66,9 @@ def check_router(name: str) -> None:
     Raises:
         UsageError: an unknown name; the message lists the known ones.
     """
-    from probmoe_ext.routers import available_routers
-
-    if name not in available_routers():
-        raise UsageError(f"--router {name!r} is unknown; known: {', '.join(available_routers())}")
+    known = available_routers()
+    if name not in known:
+        raise UsageError(f"--router {name!r} is unknown{nearest(name, known)}; known: {', '.join(known)}")
 
 
 def check_model(name: str) -> None:
@@ -119,10 +119,37 @@ def apply_routing(model: Any, routing: Routing) -> None:
     own = (None, experts[1]) if experts else (None,)
     if routing.router == "topk" and routing.k in own and not routing.options:
         return
+    known = router_options(routing.router)
+    for option in routing.options:
+        if option not in known:
+            raise UsageError(
+                f"router {routing.router!r} has no option {option!r}{nearest(option, known)}; "
+                f"its options: {', '.join(known) or 'none'}"
+            )
     try:
         swap_router(model, routing.router, k=routing.k, **routing.options)
     except (ValueError, TypeError) as error:
         raise UsageError(f"router {routing}: {' '.join(str(error).split())}") from error
+
+
+def check_routing(config: Any, routing: Routing) -> int:
+    """Give a router to a model without weights.
+
+    Args:
+        config: the model's configuration.
+        routing: the router to give it.
+
+    Returns:
+        Number of the model's parameters.
+
+    Raises:
+        UsageError: see `apply_routing`.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters: int = model.num_parameters()
+    apply_routing(model, routing)
+    return parameters
 
 
 def load_config_of(name: str) -> Any:

@@ -6,14 +6,13 @@ Imports neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from probmoe_ext.train.errors import UsageError
+from probmoe_ext.train.errors import UsageError, nearest
 
 ExpertsPerToken = int | tuple[int, int]
 SCHEDULES = ("linear", "cosine", "constant")
@@ -227,9 +226,9 @@ def load_config(kind: type[Config], path: str | None, overrides: dict[str, Any])
     fields = {one.name: one for one in dataclasses.fields(kind)}
     for name, value in values.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(fields)}"
-            raise UsageError(f"unknown setting {name!r}{f' in {path}' if path else ''}{hint}")
+            place = f" in {path}" if path else ""
+            hint = nearest(name, fields) or f"; known: {', '.join(fields)}"
+            raise UsageError(f"unknown setting {name!r}{place}{hint}")
         values[name] = _convert(name, value, str(fields[name].type))
     return kind(**values)
 
