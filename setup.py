@@ -180,6 +180,9 @@ macros = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # the stable ABI of torch 2.10: runs on every later one
     ("PM_TORCH_VERSION", f'"{torch.__version__}"'),
 ]
+if CUDA is None:
+    reason = "PROBMOE_CUDA=0" if os.environ.get("PROBMOE_CUDA") == "0" else "no nvcc was found"
+    macros.append(("PM_CUDA_ABSENCE", f'"{reason}"'))
 cuda_libraries: list[str] = []
 link: list[str] = []
 if CUDA is not None:

@@ -37,7 +37,8 @@ def build_info() -> dict[str, object]:
 
     Returns:
         Keys ``version``, ``compiler``, ``built_with_torch``, ``torch_target_version``, ``cuda`` (toolkit version, or
-        None for a CPU-only build), ``cuda_architectures`` and ``instruction_set``.
+        None for a CPU-only build), ``cuda_architectures``, ``cuda_absence`` (why a build has no CUDA kernels) and
+        ``instruction_set``.
     """
     import torch  # noqa: F401  (the extension module needs torch's libraries loaded)
 

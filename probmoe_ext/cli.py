@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from probmoe_ext.commands import (
     demo,
+    doctor,
     eval,
     train,
 )
@@ -30,6 +31,7 @@ examples:
   probmoe demo
   probmoe train --model tiny-olmoe --router probmoe --k 2,4 --data path/to/gsm8k --max-steps 50
   probmoe eval --model runs/tiny-olmoe-probmoe-k2-4 --limit 32
+  probmoe doctor
 """
 
 
@@ -53,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         train,
         eval,
         demo,
+        doctor,
     ):
         command.register(commands)
     return parser

@@ -19,7 +19,7 @@ from probmoe_ext.train.options import EvalConfig, TrainConfig, describe, load_co
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "demo", "doctor"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out

@@ -23,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
 #else
         info["cuda"] = pybind11::none();
         info["cuda_architectures"] = "";
+        info["cuda_absence"] = PM_CUDA_ABSENCE;
 #endif
         return info;
       },
