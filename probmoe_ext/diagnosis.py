@@ -102,8 +102,8 @@ def _extension(problems: list[str]) -> dict[str, Any]:
         return {"note": note}
     cuda_note = None
     if info["cuda"] is None:
-        reason = info.get("cuda_absence") or "there was no nvcc, or PROBMOE_CUDA=0"
-        cuda_note = f"not built ({reason}); set CUDA_HOME and reinstall to have the kernels"
+        absence = info.get("cuda_absence") or "there was no nvcc, or PROBMOE_CUDA=0"
+        cuda_note = f"not built ({absence}); set CUDA_HOME and reinstall to have the kernels"
     return {**info, "cuda_note": cuda_note, "note": None}
 
 
@@ -124,8 +124,9 @@ def _gpu(torch: Any, extension: dict[str, Any], problems: list[str]) -> dict[str
     if torch.version.cuda is None:
         return {"driver": driver, "devices": [], "note": f"torch {torch.__version__} is built without CUDA"}
     if not torch.cuda.is_available():
-        note = f"torch is built with CUDA {torch.version.cuda} but finds no GPU"
-        return {"driver": driver, "devices": [], "note": note if driver else f"{note}, and there is no driver"}
+        why = "" if driver else ", and there is no driver"
+        note = f"torch is built with CUDA {torch.version.cuda} but finds no GPU{why}"
+        return {"driver": driver, "devices": [], "note": note}
     devices = []
     for number in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(number)
@@ -138,8 +139,8 @@ def _gpu(torch: Any, extension: dict[str, Any], problems: list[str]) -> dict[str
                 f"the kernels are built for {built}, not for {found.name} ({found.major}.{found.minor}): reinstall "
                 f"with TORCH_CUDA_ARCH_LIST={found.major}.{found.minor}"
             )
-    note = "operators run as plain torch on the GPU, correct but slow" if extension.get("cuda_note") else None
-    return {"driver": driver, "devices": devices, "note": note}
+    slow = "operators run as plain torch on the GPU, correct but slow" if extension.get("cuda_note") else None
+    return {"driver": driver, "devices": devices, "note": slow}
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:

@@ -184,7 +184,8 @@ def _swap(device: str) -> str | None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        model = OlmoeForCausalLM(config).to(device)
+        model: Any = OlmoeForCausalLM(config)
+        model.to(device)
         tokens = torch.randint(2, 32, (2, 9)).to(device)
         with torch.no_grad():
             before = model.eval()(tokens).logits

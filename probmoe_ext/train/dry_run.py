@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -35,7 +36,7 @@ def plan_training(config: TrainConfig, *, resume: bool = False, overwrite: bool 
     training, heldout = split_holdout(load_examples(config.data, "train"), config.holdout)
     training = training[: config.limit]
     if config.model == TINY_OLMOE:
-        tokenizer = train_tokenizer(tokenizer_text(config, training))
+        tokenizer: Any = train_tokenizer(tokenizer_text(config, training))
         model = tiny_config(tokenizer)
     else:
         model, tokenizer = load_config_of(config.model), AutoTokenizer.from_pretrained(config.model)

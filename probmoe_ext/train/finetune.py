@@ -143,7 +143,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     began = time.perf_counter()
     try:
         with stop:
-            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except BaseException:
         remove_unfinished(folder)
         raise
