@@ -109,9 +109,19 @@ def _trained_on(model: Path) -> str | None:
     for folder in (model, model.parent):
         path = folder / "train_config.json"
         if path.is_file():
-            data: str | None = json.loads(path.read_text(encoding="utf-8")).get("data")
+            data: str | None = _read_json(path).get("data")
             return data
     return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is damaged: delete it, or write it anew")
+    return content
 
 
 def _fingerprint(config: EvalConfig, routing: Routing, source: str, dtype: str) -> dict[str, Any]:
@@ -132,7 +142,7 @@ def _check_folder(folder: Path, fingerprint: dict[str, Any], overwrite: bool) ->
     path = folder / SETTINGS_FILE
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {str(folder)!r} is a file; give a folder")
-    if not overwrite and path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != fingerprint:
+    if not overwrite and path.is_file() and (before := _read_json(path)) != fingerprint:
         changed = ", ".join(name for name in fingerprint if before.get(name) != fingerprint[name])
         raise UsageError(f"{folder} holds samples with another {changed}: use --overwrite or another --output")
     check_writable(folder)

@@ -87,6 +87,9 @@ def test_samples_of_another_evaluation_are_not_mixed_in(tiny_run: Path, tmp_path
         evaluate(settings(tiny_run, tmp_path, protocols=("c",), limit=3), quiet=True)
     with pytest.raises(UsageError, match="holds samples with another routing"):
         evaluate(settings(tiny_run, tmp_path, protocols=("c",), limit=2, k=2), quiet=True)
+    (tmp_path / "eval_config.json").write_text('{"model"', "utf-8")
+    with pytest.raises(UsageError, match=r"eval_config\.json is damaged"):
+        evaluate(settings(tiny_run, tmp_path, protocols=("c",), limit=2), quiet=True)
     assert (
         evaluate(settings(tiny_run, tmp_path, protocols=("c",), limit=3), overwrite=True, quiet=True)
         .scores["c.numeric"]
