@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from probmoe_ext.files import append_line, read_lines, write_lines
 from probmoe_ext.hf.context import BatchCarrier
@@ -31,6 +32,8 @@ SCALARS = (
     "drift_kl",
 )
 PREFIX = "routing/"
+STATE_FILE = "routing_monitor.pt"
+"""Beside a checkpoint: what a resumed run measures drift from, and the frequencies of tokens."""
 
 
 class RoutingMonitor(TrainerCallback):
@@ -197,8 +200,22 @@ class RoutingMonitor(TrainerCallback):
                 "use RoutingMonitor(model).attach(trainer) in the place of callbacks=[...]",
                 stacklevel=2,
             )
+        path = _state_path(args, state)
+        if state.global_step and path.is_file():
+            kept = torch.load(path, weights_only=True)
+            self.ids = kept["ids"]
+            for tally, reference in zip(self.tallies, kept["references"], strict=True):
+                tally.reference = reference
         self.training_only = True
         self.start()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep with the checkpoint what a resumed run cannot find out anew."""
+        if state.is_world_process_zero:
+            path = _state_path(args, state)
+            part = path.with_suffix(".part")
+            torch.save({"ids": self.ids, "references": [tally.reference for tally in self.tallies]}, part)
+            part.replace(path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the metrics since the last log."""
@@ -272,6 +289,10 @@ class _GateHook:
 def _gate_of(layer: MoELayer) -> Gate:
     form = layer.gate.probmoe_form if isinstance(layer.gate, SwappedGate) else read_form(layer)
     return Gate(layer.path, form.num_experts, form.k, form.records == "probabilities", form.weight, form.bias)
+
+
+def _state_path(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / STATE_FILE
 
 
 def _rounded(value: Any) -> Any:

@@ -17,7 +17,7 @@ from probmoe_ext.train.generate import prompt_tokens
 from probmoe_ext.train.models import Routing, check_routing, load_config_of, pick_device
 from probmoe_ext.train.options import EvalConfig, TrainConfig
 from probmoe_ext.train.protocols import PROMPTS
-from probmoe_ext.train.tiny import TINY_OLMOE, tiny_config, train_tokenizer
+from probmoe_ext.train.tiny import BUILT_IN, tiny_config, train_tokenizer
 
 
 def plan_training(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -35,9 +35,9 @@ def plan_training(config: TrainConfig, *, resume: bool = False, overwrite: bool 
     device, routing = pick_device(config.device), Routing(config.router, config.k, config.router_options)
     training, heldout = split_holdout(load_examples(config.data, "train"), config.holdout)
     training = training[: config.limit]
-    if config.model == TINY_OLMOE:
+    if config.model in BUILT_IN:
         tokenizer: Any = train_tokenizer(tokenizer_text(config, training))
-        model = tiny_config(tokenizer)
+        model = tiny_config(tokenizer, config.model)
     else:
         model, tokenizer = load_config_of(config.model), AutoTokenizer.from_pretrained(config.model)
     parameters = check_routing(model, routing)

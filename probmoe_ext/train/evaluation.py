@@ -17,7 +17,7 @@ from probmoe_ext.train.models import Routing, check_k, check_router, load_config
 from probmoe_ext.train.options import EvalConfig
 from probmoe_ext.train.protocols import FEW_SHOT, ZERO_SHOT, Generation, few_shot_prompts, prompt_b
 from probmoe_ext.train.scoring import SCORERS
-from probmoe_ext.train.tiny import TINY_OLMOE
+from probmoe_ext.train.tiny import BUILT_IN
 
 SETTINGS_FILE, SCORES_FILE = "eval_config.json", "scores.json"
 
@@ -82,8 +82,8 @@ def prepare(config: EvalConfig, *, overwrite: bool = False) -> Evaluation:
     Raises:
         UsageError: the model, the data or the settings; or the folder holds samples of another evaluation.
     """
-    if config.model == TINY_OLMOE:
-        raise UsageError(f"--model {TINY_OLMOE} has random weights; train it, then give the folder of its run")
+    if config.model in BUILT_IN:
+        raise UsageError(f"--model {config.model} has random weights; train it, then give the folder of its run")
     model = load_config_of(config.model)
     routing = _routing(config)
     check_router(routing.router)

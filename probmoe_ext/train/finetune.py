@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import statistics
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from probmoe_ext.files import check_writable, write_json
+from probmoe_ext.hf import RoutingMonitor
 from probmoe_ext.train.callbacks import LossProgress, MetricsFile, RoutingBesideCheckpoints, StepClock
 from probmoe_ext.train.checkpoints import last_checkpoint, remove_unfinished, save_final
 from probmoe_ext.train.data import Example, load_examples, split_holdout
@@ -36,9 +38,10 @@ from probmoe_ext.train.models import (
 )
 from probmoe_ext.train.options import TrainConfig, load_config
 from probmoe_ext.train.protocols import PROMPTS
-from probmoe_ext.train.tiny import TINY_EXPERTS, TINY_OLMOE, build_tiny
+from probmoe_ext.train.tiny import BUILT_IN, build_tiny
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "train_config.json", "metrics.jsonl", "summary.json"
+MONITOR_FILE = "routing.jsonl"
 PAPER_RATE, TINY_RATE = 1e-6, 3e-3
 TOKENIZER_EXAMPLES = 5000
 """More text adds time, and hardly a piece to a vocabulary of a thousand."""
@@ -66,7 +69,8 @@ class Summary:
         train_loss: mean loss on completion tokens over the run's part in this process.
         heldout_loss: loss on the held-out slice of the training data; None without one.
         step_seconds: median time of an optimizer step in this process; None if it made none.
-        seconds: wall-clock time of training in this process.
+        seconds: wall-clock time of training, without what an interruption has lost.
+        tokens_per_step: mean number of tokens in an optimizer step, prompts included, padding not, over all processes.
         examples: number of training examples.
         shortened: completions that lost their end to `max_length`.
         dropped: examples left out since their prompt alone reaches `max_length`.
@@ -81,6 +85,7 @@ class Summary:
     heldout_loss: float | None
     step_seconds: float | None
     seconds: float
+    tokens_per_step: float
     examples: int
     shortened: int
     dropped: int
@@ -88,7 +93,14 @@ class Summary:
     device: str
 
 
-def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Summary:
+def finetune(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> Summary:
     """Fine-tune, and leave model, tokenizer, settings, metrics and summary in the run's folder.
 
     Args:
@@ -96,6 +108,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         resume: go on from the last checkpoint in the folder (from the start if there is none yet).
         overwrite: delete an earlier run in the folder.
         quiet: no progress bar.
+        callbacks: further ones for the Trainer.
 
     Returns:
         The summary of the run.
@@ -113,7 +126,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     training = training[: config.limit]
     checkpoint = last_checkpoint(folder) if resume else None
     set_seed(config.seed)
-    model, tokenizer = _load(config, routing, training, checkpoint)
+    model, tokenizer = load_beginning(config, training, checkpoint)
     prompt = PROMPTS[config.prompt]
     rows = encode(training, tokenizer, prompt, config.max_length)
     heldout_rows = encode(heldout, tokenizer, prompt, config.max_length)
@@ -126,6 +139,7 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         write_routing(checkpoint, routing)
     remove_unfinished(folder)
     clock, stop = StepClock(), StopOnSignal()
+    metrics = MetricsFile(folder / METRICS_FILE, clock)
     trainer = Trainer(
         model=model,
         args=_arguments(config, folder, len(rows.rows), device),
@@ -133,14 +147,15 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         eval_dataset=_Rows(heldout_rows.rows) if heldout else None,
         data_collator=PadRight(pad_token(tokenizer)),
         processing_class=tokenizer,
-        callbacks=[MetricsFile(folder / METRICS_FILE), RoutingBesideCheckpoints(routing), clock, stop],
+        callbacks=[metrics, RoutingBesideCheckpoints(routing), clock, stop, *callbacks],
     )
+    if config.monitor:
+        RoutingMonitor(model, folder / MONITOR_FILE, every=config.monitor).attach(trainer)
     # Which of the two the Trainer installs depends on the logging level; ours takes the place of either.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if not quiet:
         trainer.add_callback(LossProgress(str(routing)))
-    began = time.perf_counter()
     try:
         with stop:
             result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -149,18 +164,19 @@ def finetune(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         raise
     if stop.stopped:
         raise KeyboardInterrupt(f"after step {trainer.state.global_step} of {trainer.state.max_steps}")
-    seconds = time.perf_counter() - began
+    seconds = metrics.seconds
     best = trainer.state.best_model_checkpoint
     if config.select == "best" and best is not None:
         # The Trainer's own loading knows the weights by their names in memory; on disk those of experts differ.
         model.load_state_dict(load_model(best, routing, config.dtype, config.experts)[0].state_dict())
     heldout_loss = trainer.evaluate()["eval_loss"] if heldout else None
     save_final(trainer, folder)
-    write_routing(folder, routing)
     summary = _summarize(
         config, routing, trainer, model.num_parameters(), result.training_loss, heldout_loss, clock, seconds, rows
     )
-    write_json(folder / SUMMARY_FILE, dataclasses.asdict(summary))
+    if trainer.is_world_process_zero():
+        write_routing(folder, routing)
+        write_json(folder / SUMMARY_FILE, dataclasses.asdict(summary))
     return summary
 
 
@@ -184,10 +200,12 @@ def check_request(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
     """
     folder = config.folder
     check_router(config.router)
-    if config.model == TINY_OLMOE:
+    accumulation_of(config)
+    if config.model in BUILT_IN:
         largest = config.k if isinstance(config.k, int) or config.k is None else config.k[1]
-        if largest is not None and largest > TINY_EXPERTS:
-            raise UsageError(f"--k {largest} is more than the {TINY_EXPERTS} experts of {TINY_OLMOE}")
+        experts = BUILT_IN[config.model].experts
+        if largest is not None and largest > experts:
+            raise UsageError(f"--k {largest} is more than the {experts} experts of {config.model}")
     else:
         check_model(config.model)
         check_k(load_config_of(config.model), config.k)
@@ -198,11 +216,13 @@ def check_request(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
     check_writable(folder)
 
 
-def _load(config: TrainConfig, routing: Routing, training: list[Example], checkpoint: Path | None) -> tuple[Any, Any]:
+def load_beginning(config: TrainConfig, training: list[Example], checkpoint: Path | None = None) -> tuple[Any, Any]:
+    """The model and the tokenizer with which a training begins, or goes on from a checkpoint."""
+    routing = Routing(config.router, config.k, config.router_options)
     if checkpoint is not None:
         model, tokenizer = load_model(str(checkpoint), routing, config.dtype, config.experts)
-    elif config.model == TINY_OLMOE:
-        model, tokenizer = build_tiny(tokenizer_text(config, training), config.seed)
+    elif config.model in BUILT_IN:
+        model, tokenizer = build_tiny(tokenizer_text(config, training), config.seed, config.model)
         model.to(getattr(torch, config.dtype))
         set_experts(model, config.experts)
         apply_routing(model, routing)
@@ -220,15 +240,28 @@ def _load(config: TrainConfig, routing: Routing, training: list[Example], checkp
 
 
 def tokenizer_text(config: TrainConfig, training: list[Example]) -> list[str]:
-    """What the tokenizer of ``tiny-olmoe`` is trained on."""
+    """What the tokenizer of a built-in model is trained on."""
     examples = load_examples(config.tokenizer_data, "train") if config.tokenizer_data else training
     prompt = PROMPTS[config.prompt]
     return [f"{prompt(one.question)} {one.answer}" for one in examples[:TOKENIZER_EXAMPLES]]
 
 
+def accumulation_of(config: TrainConfig) -> int:
+    """Forward passes of each process in an optimizer step.
+
+    Raises:
+        UsageError: `total_batch` is no multiple of what the processes take at once.
+    """
+    at_once = config.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    total = config.total_batch or at_once
+    if total % at_once:
+        raise UsageError(f"total_batch={total} must be a multiple of batch_size × processes, {at_once}")
+    return total // at_once
+
+
 def optimizer_steps(config: TrainConfig, examples: int) -> int:
     """Number of optimizer steps for so many training examples."""
-    batch = config.total_batch or config.batch_size
+    batch = config.batch_size * accumulation_of(config) * int(os.environ.get("WORLD_SIZE", "1"))
     return config.max_steps or math.ceil(math.ceil(examples / batch) * config.epochs)
 
 
@@ -236,17 +269,16 @@ def peak_rate(config: TrainConfig) -> float:
     """The peak learning rate."""
     if config.learning_rate is not None:
         return config.learning_rate
-    return TINY_RATE if config.model == TINY_OLMOE else PAPER_RATE
+    return TINY_RATE if config.model in BUILT_IN else PAPER_RATE
 
 
 def _arguments(config: TrainConfig, folder: Path, examples: int, device: torch.device) -> TrainingArguments:
-    accumulation = (config.total_batch or config.batch_size) // config.batch_size
     strategy = "epoch" if config.save_steps is None else "steps"
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=accumulation_of(config),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=peak_rate(config),
@@ -292,6 +324,11 @@ def _summarize(
         heldout_loss=heldout_loss,
         step_seconds=statistics.median(clock.seconds) if clock.seconds else None,
         seconds=seconds,
+        tokens_per_step=sum(len(row["input_ids"]) for row in rows.rows)
+        / len(rows.rows)
+        * trainer.args.per_device_train_batch_size
+        * trainer.args.gradient_accumulation_steps
+        * trainer.args.world_size,
         examples=len(rows.rows),
         shortened=rows.shortened,
         dropped=rows.dropped,

@@ -84,7 +84,9 @@ def check_model(name: str) -> None:
             hint = f"; it has {', '.join(found)}" if found else ""
             raise UsageError(f"--model {name!r} is a folder without config.json{hint}")
     elif path.exists() or path.parts[0] == RUNS or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UsageError(f"--model {name!r} does not exist; give a model folder, a hub name, or 'tiny-olmoe'")
+        raise UsageError(
+            f"--model {name!r} does not exist; give a model folder, a hub name, 'tiny-olmoe' or 'small-olmoe'"
+        )
 
 
 def experts_of(config: Any) -> tuple[int, int] | None:

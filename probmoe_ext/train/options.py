@@ -56,20 +56,20 @@ class TrainConfig:
     """Settings of one fine-tuning run.
 
     Attributes:
-        model: a hub name, a local folder (an earlier run too), or ``tiny-olmoe``.
+        model: a hub name, a local folder (an earlier run too), or ``tiny-olmoe`` or ``small-olmoe``.
         router: name of the router; ``topk`` is the conventional one.
         k: active experts a token, an int or a band ``(k_min, k_max)``; None keeps the model's number.
         router_options: further options of the router.
         data: ``builtin``, ``builtin:1,2`` (steps), ``builtin:1/travel`` (one theme), a folder with train.jsonl and
             test.jsonl, a JSONL file, or a hub data set such as ``openai/gsm8k``.
-        tokenizer_data: text for the tokenizer of ``tiny-olmoe``; None is `data`.
+        tokenizer_data: text for the tokenizer of a built-in model; None is `data`.
         prompt: protocol whose zero-shot prompt is trained: ``a`` or ``b``.
         output: folder of the run; by default ``runs/`` and the names of model, router and k.
         holdout: training examples kept aside for the held-out loss (and for `select`).
         limit: use only so many training examples.
         epochs: passes over the data, if `max_steps` is None.
         max_steps: optimizer steps.
-        learning_rate: peak rate; None is 1e-6 (OLMoE in the papers), and 3e-3 for ``tiny-olmoe``.
+        learning_rate: peak rate; None is 1e-6 (OLMoE in the papers), and 3e-3 for a built-in model.
         schedule: ``linear``, ``cosine`` or ``constant``.
         warmup: share of the steps over which the rate rises.
         weight_decay: of AdamW.
@@ -84,8 +84,9 @@ class TrainConfig:
         autocast: compute in bfloat16 where it is safe, beside float32 weights; None does so on a GPU.
         device: ``auto``, ``cpu`` or ``cuda``.
         experts: how transformers evaluates experts (``eager``, ``grouped_mm``); None leaves its choice.
-        seed: seeds the initial weights of ``tiny-olmoe``, the order of the data and the routing.
+        seed: seeds the initial weights of a built-in model, the order of the data and the routing.
         log_steps: steps between two lines of metrics.
+        monitor: count the routing of every so-manieth forward pass into ``routing.jsonl``; 0 counts none.
         save_steps: steps between two checkpoints; None saves at the end of each epoch.
         keep: how many checkpoints stay on disk.
         select: ``last`` keeps the final weights, ``best`` those with the lowest held-out loss at a checkpoint.
@@ -120,6 +121,7 @@ class TrainConfig:
     experts: str | None = None
     seed: int = 42
     log_steps: int = 10
+    monitor: int = 0
     save_steps: int | None = None
     keep: int = 2
     select: str = "last"
@@ -133,7 +135,7 @@ class TrainConfig:
         _one_of(self, "select", ("last", "best"))
         _at_least(self, 1, "limit", "max_steps", "batch_size", "total_batch", "max_length", "log_steps", "save_steps")
         _at_least(self, 1, "keep")
-        _at_least(self, 0, "holdout", "warmup", "weight_decay", "aux_loss", "seed")
+        _at_least(self, 0, "holdout", "warmup", "weight_decay", "aux_loss", "seed", "monitor")
         if self.epochs <= 0:
             raise UsageError(f"epochs must be above 0, got {self.epochs}")
         if not 0 < self.adam_beta2 < 1:

@@ -1,4 +1,4 @@
-"""The built-in `tiny-olmoe`: an OLMoE of about 0.9 M random parameters and a tokenizer trained on the training text.
+"""The built-in models: OLMoEs of random parameters, with a tokenizer trained on the training text.
 
 Both are ordinary Hugging Face objects: what `save_pretrained` writes, `AutoModelForCausalLM` and `AutoTokenizer` read.
 """
@@ -6,13 +6,41 @@ Both are ordinary Hugging Face objects: what `save_pretrained` writes, `AutoMode
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-TINY_OLMOE = "tiny-olmoe"
+TINY_OLMOE, SMALL_OLMOE = "tiny-olmoe", "small-olmoe"
 TINY_EXPERTS, TINY_ACTIVE = 16, 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a built-in model.
+
+    Attributes:
+        layers: decoder layers, each with attention and experts.
+        width: of the hidden states.
+        experts: in a layer.
+        active: experts that a token uses.
+        expert_width: hidden units of an expert.
+    """
+
+    layers: int
+    width: int
+    experts: int
+    active: int
+    expert_width: int
+
+
+BUILT_IN = {
+    TINY_OLMOE: Size(2, 64, TINY_EXPERTS, TINY_ACTIVE, 128),
+    SMALL_OLMOE: Size(4, 128, 48, 8, 128),
+}
+"""0.9 M parameters, and 10 M of which a token uses 2 M."""
+
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 
 # Words keep the space before them; "####" is one piece; digits stand alone, so that a model of this size can learn to
@@ -56,16 +84,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, max_length: in
     )
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> OlmoeConfig:
-    """The configuration of `tiny-olmoe`: 2 layers of width 64, 16 experts of width 128, 4 active."""
+def tiny_config(tokenizer: PreTrainedTokenizerFast, name: str = TINY_OLMOE) -> OlmoeConfig:
+    """The configuration of a built-in model."""
+    size = BUILT_IN[name]
     return OlmoeConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=size.width,
+        intermediate_size=size.expert_width,
+        num_hidden_layers=size.layers,
         num_attention_heads=4,
-        num_experts=TINY_EXPERTS,
-        num_experts_per_tok=TINY_ACTIVE,
+        num_experts=size.experts,
+        num_experts_per_tok=size.active,
         max_position_embeddings=2048,
         initializer_range=0.05,
         tie_word_embeddings=True,
@@ -75,16 +104,19 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> OlmoeConfig:
     )
 
 
-def build_tiny(texts: Iterable[str], seed: int) -> tuple[OlmoeForCausalLM, PreTrainedTokenizerFast]:
-    """Build `tiny-olmoe` for a training text.
+def build_tiny(
+    texts: Iterable[str], seed: int, name: str = TINY_OLMOE
+) -> tuple[OlmoeForCausalLM, PreTrainedTokenizerFast]:
+    """Build a built-in model for a training text.
 
     Args:
         texts: what the tokenizer is trained on.
         seed: seeds torch's generator for the random weights.
+        name: one of `BUILT_IN`.
 
     Returns:
         The float32 model and its tokenizer.
     """
     tokenizer = train_tokenizer(texts)
     torch.manual_seed(seed)
-    return OlmoeForCausalLM(tiny_config(tokenizer)), tokenizer
+    return OlmoeForCausalLM(tiny_config(tokenizer, name)), tokenizer

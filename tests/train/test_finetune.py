@@ -152,3 +152,39 @@ def test_a_run_is_not_overwritten_unasked(tiny_run: Path) -> None:
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run"):
         load_run(tmp_path)
+
+
+def test_what_a_kill_leaves_is_passed_over(tmp_path: Path) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    settings = {"router": "probmoe", "k": 4, "monitor": 1}
+    finetune(small(whole, **settings), quiet=True)
+    shutil.copytree(whole, parted)
+    # As a kill leaves it while the checkpoint of step 4 is written: no state yet, and lines that were being appended.
+    (parted / "checkpoint-4" / "trainer_state.json").unlink()
+    (parted / "summary.json").unlink()
+    for name in ("metrics.jsonl", "routing.jsonl"):
+        text = (parted / name).read_text("utf-8")
+        (parted / name).write_text(text[: len(text) - 30], "utf-8")
+
+    finetune(load_run(parted), resume=True, quiet=True)
+
+    before, after = load_file(whole / "model.safetensors"), load_file(parted / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (parted / "routing.jsonl").read_text("utf-8") == (whole / "routing.jsonl").read_text("utf-8")
+    timed = ("seconds", "step_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+    first, second = (
+        [{name: value for name, value in line.items() if name not in (*timed, "eval_runtime")} for line in lines]
+        for lines in (metrics(whole), metrics(parted))
+    )
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    assert [line.get("loss") for line in first] == [line.get("loss") for line in second]
+    assert [line["seconds"] for line in metrics(parted)] == sorted(line["seconds"] for line in metrics(parted))
+
+
+def test_the_built_in_models(tmp_path: Path) -> None:
+    summary = finetune(small(tmp_path / "run", model="small-olmoe", max_steps=1, limit=4), quiet=True)
+    assert 9.5e6 < summary.parameters < 10.5e6
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run").config
+    assert (config.num_experts, config.num_experts_per_tok) == (48, 8)
+    with pytest.raises(UsageError, match="--k 49 is more than the 48 experts of small-olmoe"):
+        finetune(small(tmp_path / "other", model="small-olmoe", k=49), quiet=True)
