@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from probmoe_ext.commands import (
+    compare,
     demo,
     doctor,
     eval,
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (
         train,
         eval,
+        compare,
         demo,
         doctor,
     ):

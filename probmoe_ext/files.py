@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from probmoe_ext.train.errors import UsageError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file that readers see either as it was or whole, also after a crash or on a full disk.
@@ -32,6 +34,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping as indented JSON; see `write_text`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where there is none.
+
+    Raises:
+        UsageError: it is damaged; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}); delete it, and the same command writes it again") from error
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -79,7 +79,7 @@ class RoutingMonitor(TrainerCallback):
         self.every = every
         self.per_layer = per_layer
         self.layers = moe_layers(model)
-        self.tallies = [Tally(_gate_of(layer), layer.gate) for layer in self.layers]
+        self.tallies = [Tally(gate_of(layer), layer.gate) for layer in self.layers]
         self.ids: torch.Tensor | None = None
         self.buckets: torch.Tensor | None = None
         self.passes = 0
@@ -286,7 +286,8 @@ class _GateHook:
             self.tally.add(args[0].detach(), recorded, indices, mask, self.monitor.buckets)
 
 
-def _gate_of(layer: MoELayer) -> Gate:
+def gate_of(layer: MoELayer) -> Gate:
+    """What a tally has to know of the gate of a layer, swapped or the model's own."""
     form = layer.gate.probmoe_form if isinstance(layer.gate, SwappedGate) else read_form(layer)
     return Gate(layer.path, form.num_experts, form.k, form.records == "probabilities", form.weight, form.bias)
 

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from probmoe_ext.train.errors import UsageError
@@ -109,10 +110,17 @@ def _load_builtin(source: str, split: Split) -> list[Example]:
     count = BUILTIN_TRAIN if split == "train" else BUILTIN_TEST
     steps = tuple(int(step) for step in match[1].split(",")) if match[1] else (1, 2, 3)
     try:
-        problems = generate(split, count, steps=steps, theme=match[2])
+        return list(_generated(split, count, steps, match[2]))
     except ValueError as error:
         raise UsageError(f"--data {source!r}: {error}") from error
-    return [Example(problem.question, problem.answer) for problem in problems]
+
+
+@lru_cache
+def _generated(split: Split, count: int, steps: tuple[int, ...], theme: str | None) -> tuple[Example, ...]:
+    """A comparison asks for the same problems in each of its runs."""
+    return tuple(
+        Example(problem.question, problem.answer) for problem in generate(split, count, steps=steps, theme=theme)
+    )
 
 
 def _load_hub(source: str, split: Split) -> list[Example]:

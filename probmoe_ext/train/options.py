@@ -76,7 +76,8 @@ class TrainConfig:
         adam_beta2: decay of AdamW's second moments.
         max_grad_norm: the gradient's norm is cut here.
         batch_size: examples in one forward pass on each device.
-        total_batch: examples in one optimizer step; None is `batch_size`. Reached by accumulating gradients.
+        total_batch: examples in one optimizer step, over all devices; None is `batch_size` on each. Reached by
+            accumulating gradients.
         max_length: longest example in tokens; longer ones are cut at the end, and counted.
         aux_loss: weight of the model's own load-balancing loss; None leaves the model's configuration as it is.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -224,7 +225,7 @@ def load_config(kind: type[Config], path: str | None, overrides: dict[str, Any])
     Raises:
         UsageError: a missing or unreadable file, an unknown name, or a value of the wrong kind; the message names it.
     """
-    values = {**(_read_mapping(Path(path)) if path else {}), **overrides}
+    values = {**(read_mapping(Path(path)) if path else {}), **overrides}
     fields = {one.name: one for one in dataclasses.fields(kind)}
     for name, value in values.items():
         if name not in fields:
@@ -235,7 +236,12 @@ def load_config(kind: type[Config], path: str | None, overrides: dict[str, Any])
     return kind(**values)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds a mapping; ``-`` in its names becomes ``_``.
+
+    Raises:
+        UsageError: the file is missing, damaged or holds something else.
+    """
     import yaml
 
     try:
