@@ -41,7 +41,6 @@ def register(commands: Any) -> None:
         "train and evaluate several routers under several seeds, and compare them",
         examples=EXAMPLES,
         run=run,
-        go_on="the same command goes on",
     )
     parser.add_argument("--config", metavar="FILE", required=True, help="YAML or JSON file with the comparison")
     parser.add_argument("--output", metavar="FOLDER", help="folder for runs and results, in place of the file's")
@@ -56,14 +55,11 @@ def run(options: argparse.Namespace) -> int:
     seeds = parse_seeds(options.seeds, "--seeds") if options.seeds is not None else ()
     only = [label.strip() for label in options.only.split(",") if label.strip()]
     calm_libraries()
-    from probmoe_ext.train.compare import compare
+    from probmoe_ext.train.compare import COMPARE_FILE, compare
 
-    try:
-        failed = compare(comparison, only=only, seeds=seeds, dry_run=options.dry_run, quiet=options.quiet)
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        print(f"probmoe compare: {error.strerror or error}{place}; the same command goes on", file=sys.stderr)
-        return 1
+    begun = comparison.folder / COMPARE_FILE
+    options.go_on = lambda: "the same command goes on" if begun.is_file() else ""
+    failed = compare(comparison, only=only, seeds=seeds, dry_run=options.dry_run, quiet=options.quiet)
     if failed:
         print(f"probmoe compare: {failed} runs failed; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0

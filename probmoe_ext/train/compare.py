@@ -18,12 +18,13 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from probmoe_ext.files import read_json, write_json, write_text
+from probmoe_ext.files import check_writable, read_json, write_json, write_text
 from probmoe_ext.routers import make_router, router_options
 from probmoe_ext.train.comparison import Comparison, Run
 from probmoe_ext.train.data import load_examples
 from probmoe_ext.train.errors import UsageError
-from probmoe_ext.train.evaluate import SCORES_FILE, evaluate
+from probmoe_ext.train.evaluate import evaluate
+from probmoe_ext.train.evaluation import SCORES_FILE
 from probmoe_ext.train.finetune import CONFIG_FILE, SUMMARY_FILE, accumulation_of
 from probmoe_ext.train.machine import machine, versions
 from probmoe_ext.train.models import check_model, check_router, experts_of, load_config_of, pick_device
@@ -181,10 +182,11 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def _claim(comparison: Comparison) -> None:
     try:
-        comparison.folder.mkdir(parents=True, exist_ok=True)
-        write_json(comparison.folder / COMPARE_FILE, _record(comparison))
+        check_writable(comparison.folder)
     except OSError as error:
         raise UsageError(f"cannot write to {comparison.folder}: {error.strerror}; choose another --output") from error
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    write_json(comparison.folder / COMPARE_FILE, _record(comparison))
 
 
 def _record(comparison: Comparison) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from probmoe_ext.train.comparison import Run
 from probmoe_ext.train.cost import PeakMemory, cost_of
 from probmoe_ext.train.data import load_examples
 from probmoe_ext.train.errors import UsageError
-from probmoe_ext.train.evaluate import SCORES_FILE, evaluate
+from probmoe_ext.train.evaluate import evaluate
+from probmoe_ext.train.evaluation import SCORES_FILE
 from probmoe_ext.train.finetune import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, finetune, load_run
 from probmoe_ext.train.models import experts_of, load_model, pick_device, read_routing
 from probmoe_ext.train.options import EvalConfig, TrainConfig
