@@ -9,9 +9,10 @@ from typing import Any
 
 from probmoe_ext.files import read_json
 from probmoe_ext.train.comparison import Comparison, Run
+from probmoe_ext.train.crossed_bootstrap import crossed_bootstrap
 from probmoe_ext.train.run import ANALYSIS_FILE, COST_FILE, is_done, samples_of
 from probmoe_ext.train.scoring import SCORERS
-from probmoe_ext.train.significance import LEVEL, Interval, mean_interval, paired_bootstrap
+from probmoe_ext.train.significance import LEVEL, Interval, mean_interval
 from probmoe_ext.train.tables import markdown_table
 
 BASELINE = "topk"
@@ -26,8 +27,8 @@ def results_of(comparison: Comparison) -> dict[str, Any]:
     Returns:
         ``score`` (the compared one), ``baseline`` (label of the first top-k router, or None), ``routers``: for each its
         ``seeds``, ``scores`` and ``measures`` as means with Student's 95 % interval over the seeds; ``pairs``: for each
-        two routers the difference of the score on the same problems under the same seeds, with its paired bootstrap
-        over (seed, problem) and, ``by_seed``, Student's interval of the differences of the seeds.
+        two routers the difference of the score on the same problems under the same seeds, bootstrapped over seeds and
+        problems (`crossed_bootstrap`), and, ``by_seed``, Student's interval of the differences of the seeds.
     """
     finished = [run for run in comparison.runs() if is_done(run)]
     labels = [one.label for one in comparison.contestants]
@@ -99,7 +100,7 @@ def _difference(a: dict[int, list[float]], b: dict[int, list[float]]) -> dict[st
     shared = [seed for seed in a if seed in b]
     if not shared:
         return None
-    found = paired_bootstrap([one for seed in shared for one in a[seed]], [one for seed in shared for one in b[seed]])
+    found = crossed_bootstrap([a[seed] for seed in shared], [b[seed] for seed in shared])
     by_seed = [sum(a[seed]) / len(a[seed]) - sum(b[seed]) / len(b[seed]) for seed in shared]
     return {**dataclasses.asdict(found), "seeds": len(shared), "by_seed": dataclasses.asdict(mean_interval(by_seed))}
 
@@ -135,7 +136,7 @@ def results_text(found: dict[str, Any]) -> str:
     if against:
         parts += [
             f"{SCORERS[found['score']][0]} less that of {found['baseline']}, in points: the paired bootstrap's 95 % "
-            "interval over (seed, problem) pairs, and Student's over the differences of the seeds.",
+            "interval, which draws seeds and problems, and Student's over the differences of the seeds.",
             markdown_table(["router", "difference", "bootstrap", "p", "over seeds"], against),
         ]
     parts += [

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from probmoe_ext.train import compare as driver
 from probmoe_ext.train.compare import compare
 from probmoe_ext.train.comparison import load_comparison
+from probmoe_ext.train.crossed_bootstrap import crossed_bootstrap
 from probmoe_ext.train.errors import UsageError
-from probmoe_ext.train.significance import mean_interval, paired_bootstrap
+from probmoe_ext.train.significance import mean_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS: dict = {
@@ -122,7 +123,7 @@ def test_the_results_are_those_of_the_files(whole: Path) -> None:
         samples = lines(folder / "eval" / "samples-zero-shot.jsonl")
         correct[one["label"]] = [float(line["scores"]["b.exact_match"]["correct"]) for line in samples]
     pair = next(pair for pair in found["pairs"] if (pair["a"], pair["b"]) == ("dynamic", "topk"))
-    direct = paired_bootstrap(correct["dynamic"], correct["topk"])
+    direct = crossed_bootstrap([correct["dynamic"]], [correct["topk"]])
     assert (pair["difference"], pair["low"], pair["high"], pair["p"]) == (
         direct.difference,
         direct.low,
