@@ -24,6 +24,7 @@ from probmoe_ext.train.data import Example, load_examples, split_holdout
 from probmoe_ext.train.encode import Encoded, PadRight, encode, pad_token
 from probmoe_ext.train.errors import UsageError
 from probmoe_ext.train.interrupt import StopOnSignal
+from probmoe_ext.train.lora import add_lora, merge_lora
 from probmoe_ext.train.models import (
     Routing,
     apply_routing,
@@ -170,6 +171,8 @@ def finetune(
         # The Trainer's own loading knows the weights by their names in memory; on disk those of experts differ.
         model.load_state_dict(load_model(best, routing, config.dtype, config.experts)[0].state_dict())
     heldout_loss = trainer.evaluate()["eval_loss"] if heldout else None
+    if config.lora_rank is not None:
+        model = trainer.model = merge_lora(model)
     save_final(trainer, folder)
     summary = _summarize(
         config, routing, trainer, model.num_parameters(), result.training_loss, heldout_loss, clock, seconds, rows
@@ -219,7 +222,7 @@ def check_request(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
 def load_beginning(config: TrainConfig, training: list[Example], checkpoint: Path | None = None) -> tuple[Any, Any]:
     """The model and the tokenizer with which a training begins, or goes on from a checkpoint."""
     routing = Routing(config.router, config.k, config.router_options)
-    if checkpoint is not None:
+    if checkpoint is not None and config.lora_rank is None:
         model, tokenizer = load_model(str(checkpoint), routing, config.dtype, config.experts)
     elif config.model in BUILT_IN:
         model, tokenizer = build_tiny(tokenizer_text(config, training), config.seed, config.model)
@@ -236,6 +239,9 @@ def load_beginning(config: TrainConfig, training: list[Example], checkpoint: Pat
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         model.config.use_cache = False
+    if config.lora_rank is not None:
+        # A checkpoint holds the adapters, which the Trainer loads.
+        model = add_lora(model, config.lora_rank, config.lora_alpha)
     return model, tokenizer
 
 
@@ -282,6 +288,7 @@ def _arguments(config: TrainConfig, folder: Path, examples: int, device: torch.d
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=peak_rate(config),
+        optim=config.optimizer,
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
         warmup_steps=math.ceil(optimizer_steps(config, examples) * config.warmup),
         weight_decay=config.weight_decay,

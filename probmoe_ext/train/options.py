@@ -74,6 +74,7 @@ class TrainConfig:
         warmup: share of the steps over which the rate rises.
         weight_decay: of AdamW.
         adam_beta2: decay of AdamW's second moments.
+        optimizer: ``adamw_torch``, ``adafactor``, ``adamw_bnb_8bit`` (needs bitsandbytes), or another of transformers.
         max_grad_norm: the gradient's norm is cut here.
         batch_size: examples in one forward pass on each device.
         total_batch: examples in one optimizer step, over all devices; None is `batch_size` on each. Reached by
@@ -85,6 +86,8 @@ class TrainConfig:
         autocast: compute in bfloat16 where it is safe, beside float32 weights; None does so on a GPU.
         device: ``auto``, ``cpu`` or ``cuda``.
         experts: how transformers evaluates experts (``eager``, ``grouped_mm``); None leaves its choice.
+        lora_rank: train adapters of this rank on attention and experts, and the routers whole; None trains all weights.
+        lora_alpha: the adapters are scaled by it divided by their rank; None is twice the rank.
         seed: seeds the initial weights of a built-in model, the order of the data and the routing.
         log_steps: steps between two lines of metrics.
         monitor: count the routing of every so-manieth forward pass into ``routing.jsonl``; 0 counts none.
@@ -110,6 +113,7 @@ class TrainConfig:
     warmup: float = 0.03
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
+    optimizer: str = "adamw_torch"
     max_grad_norm: float = 1.0
     batch_size: int = 32
     total_batch: int | None = None
@@ -120,6 +124,8 @@ class TrainConfig:
     autocast: bool | None = None
     device: str = "auto"
     experts: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
     seed: int = 42
     log_steps: int = 10
     monitor: int = 0
@@ -135,7 +141,7 @@ class TrainConfig:
         _one_of(self, "device", DEVICES)
         _one_of(self, "select", ("last", "best"))
         _at_least(self, 1, "limit", "max_steps", "batch_size", "total_batch", "max_length", "log_steps", "save_steps")
-        _at_least(self, 1, "keep")
+        _at_least(self, 1, "keep", "lora_rank")
         _at_least(self, 0, "holdout", "warmup", "weight_decay", "aux_loss", "seed", "monitor")
         if self.epochs <= 0:
             raise UsageError(f"epochs must be above 0, got {self.epochs}")
@@ -147,6 +153,10 @@ class TrainConfig:
             raise UsageError(f"total_batch={self.total_batch} must be a multiple of batch_size={self.batch_size}")
         if self.select == "best" and not self.holdout:
             raise UsageError("select=best needs a held-out slice: set holdout above 0")
+        if self.select == "best" and self.lora_rank:
+            raise UsageError("select=best keeps whole checkpoints, and those of LoRA hold adapters: use select=last")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise UsageError("lora_alpha scales adapters: set lora_rank, too")
 
     @property
     def name(self) -> str:

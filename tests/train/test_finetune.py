@@ -188,3 +188,31 @@ def test_the_built_in_models(tmp_path: Path) -> None:
     assert (config.num_experts, config.num_experts_per_tok) == (48, 8)
     with pytest.raises(UsageError, match="--k 49 is more than the 48 experts of small-olmoe"):
         finetune(small(tmp_path / "other", model="small-olmoe", k=49), quiet=True)
+
+
+def test_lora_trains_routers_and_adapters_and_leaves_an_ordinary_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is an optional dependency")
+    base, whole, parted = tmp_path / "base", tmp_path / "whole", tmp_path / "parted"
+    finetune(small(base, max_steps=1), quiet=True)
+    settings = {"model": str(base), "router": "probmoe", "k": "2,4", "lora_rank": 2, "learning_rate": 1e-2}
+    finetune(small(whole, **settings), quiet=True)
+    before, after = load_file(base / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert before.keys() == after.keys() - {name for name in after if ".probmoe." in name}
+    for name in before:
+        difference = after[name].float() - before[name].float()
+        if name.endswith(".gate.weight"):
+            assert difference.abs().sum(-1).gt(0).all()
+        elif ".experts." in name or "_proj" in name:
+            # The difference of an adapter has its rank.
+            assert 0 < torch.linalg.matrix_rank(difference, rtol=1e-4) <= 2, name
+        else:
+            assert not difference.any(), name
+    model, _ = load_model(str(whole), read_routing(whole), "float32")
+    assert {one["router"] for one in routing_of(model).values()} == {"probmoe"}
+
+    shutil.copytree(whole, parted)
+    for name in ("checkpoint-4/trainer_state.json", "summary.json"):
+        (parted / name).unlink()
+    finetune(load_run(parted), resume=True, quiet=True)
+    again = load_file(parted / "model.safetensors")
+    assert all(after[name].equal(again[name]) for name in after)
