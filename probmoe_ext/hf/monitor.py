@@ -61,6 +61,8 @@ class RoutingMonitor(TrainerCallback):
         path: A JSONL file that gets a line for each report: all metrics of all layers, the loads of all experts.
         every: Only every n-th forward pass is counted.
         per_layer: Let :meth:`scalars` give every layer's numbers, and not only the mean over layers and the worst.
+        together: Let reports be over all processes, each of which must ask for them; ``False`` for what one process
+            runs by itself while the others wait.
 
     Raises:
         TypeError: If ``every`` is no int.
@@ -68,7 +70,13 @@ class RoutingMonitor(TrainerCallback):
     """
 
     def __init__(
-        self, model: nn.Module, path: str | Path | None = None, *, every: int = 1, per_layer: bool = False
+        self,
+        model: nn.Module,
+        path: str | Path | None = None,
+        *,
+        every: int = 1,
+        per_layer: bool = False,
+        together: bool = True,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"every must be an int, got {every!r}")
@@ -78,6 +86,7 @@ class RoutingMonitor(TrainerCallback):
         self.path = None if path is None else Path(path)
         self.every = every
         self.per_layer = per_layer
+        self.together = together
         self.layers = moe_layers(model)
         self.tallies = [Tally(gate_of(layer), layer.gate) for layer in self.layers]
         self.ids: torch.Tensor | None = None
@@ -135,7 +144,7 @@ class RoutingMonitor(TrainerCallback):
         """
         device = self.tallies[0].sums.device
         sums = torch.cat([tally.sums.to(device) for tally in self.tallies])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.together and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         parts = sums.split([len(tally.sums) for tally in self.tallies])
         if reset:

@@ -12,7 +12,7 @@ from probmoe_ext.train.errors import UsageError
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 
 
-def add_lora(model: Any, rank: int, alpha: float | None) -> Any:
+def add_lora(model: Any, rank: int, alpha: int | None) -> Any:
     """Freeze a model, and put adapters on its attention and its experts; its routers stay trainable, every weight.
 
     Args:

@@ -125,7 +125,7 @@ class TrainConfig:
     device: str = "auto"
     experts: str | None = None
     lora_rank: int | None = None
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     seed: int = 42
     log_steps: int = 10
     monitor: int = 0

@@ -47,7 +47,7 @@ def measure(
     limit = getattr(model.config, "max_position_embeddings", None) or 2**31
     rows = encode(examples, tokenizer, prompt, limit).rows
     collate = PadRight(pad_token(tokenizer))
-    monitor = RoutingMonitor(model) if experts_of(model.config) else None
+    monitor = RoutingMonitor(model, together=False) if experts_of(model.config) else None
     total, scored = 0.0, 0
     with monitor or nullcontext():
         for start in range(0, len(rows), batch_size):

@@ -15,7 +15,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from benchmarks.gsm_comparison.record import record
 from probmoe_ext.train import compare as driver
+from probmoe_ext.train.analysis import rounded
 from probmoe_ext.train.compare import compare
 from probmoe_ext.train.comparison import load_comparison
 from probmoe_ext.train.crossed_bootstrap import crossed_bootstrap
@@ -134,6 +136,22 @@ def test_the_results_are_those_of_the_files(whole: Path) -> None:
     text = (whole / "results.md").read_text("utf-8")
     assert "| Top-k " in text
     assert "± half of Student's 95 % interval" in text
+
+
+def test_the_compact_copy_has_what_a_report_reads(whole: Path, tmp_path: Path) -> None:
+    record(whole, tmp_path)
+    for name in ("compare.json", "results.json"):
+        assert read(tmp_path / name) == rounded(read(whole / name))
+    for label in ("topk", "dynamic"):
+        first, second = (folder / "runs" / label / "seed-1" for folder in (whole, tmp_path))
+        right = [line["scores"]["b.exact_match"]["correct"] for line in lines(first / "eval/samples-zero-shot.jsonl")]
+        kept = lines(second / "eval/samples-zero-shot.jsonl")
+        assert [line["scores"]["b.exact_match"]["correct"] for line in kept] == right
+        assert read(second / "eval/scores.json")["scores"] == rounded(read(first / "eval/scores.json")["scores"])
+        assert [line["step"] for line in lines(second / "metrics.jsonl")] == [1, 2, 3, 4]
+        assert read(second / "analysis.json")["layers"] == read(first / "analysis.json")["layers"]
+        assert read(second / "decisions.json") == read(first / "decisions.json")
+        assert not list(second.glob("*.safetensors"))
 
 
 def test_a_killed_comparison_ends_like_a_whole_one(whole: Path, tmp_path: Path) -> None:
