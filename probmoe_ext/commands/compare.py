@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from probmoe_ext.commands.arguments import add_command, calm_libraries
-from probmoe_ext.train.comparison import load_comparison, parse_seeds
+from probmoe_ext.train.comparison import COMPARE_FILE, load_comparison, parse_seeds
 
 EXAMPLES = """\
 examples:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     seeds = parse_seeds(options.seeds, "--seeds") if options.seeds is not None else ()
     only = [label.strip() for label in options.only.split(",") if label.strip()]
     calm_libraries()
-    from probmoe_ext.train.compare import COMPARE_FILE, compare
+    from probmoe_ext.train.compare import compare
 
     begun = comparison.folder / COMPARE_FILE
     options.go_on = lambda: "the same command goes on" if begun.is_file() else ""

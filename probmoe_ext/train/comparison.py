@@ -15,6 +15,7 @@ from typing import Any
 from probmoe_ext.train.errors import UsageError
 from probmoe_ext.train.options import EvalConfig, TrainConfig, load_config, parse_k, read_mapping
 
+COMPARE_FILE = "compare.json"
 KEYS = ("name", "output", "seeds", "train", "evaluation", "start", "routers", "keep_checkpoints")
 ROUTER_KEYS = ("label", "title", "router", "k", "options", "train")
 OF_THE_COMPARISON = {"router", "k", "router_options", "seed", "output"}
