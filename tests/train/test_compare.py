@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks.gsm_comparison.record import record
+from probmoe_ext.cli import main
 from probmoe_ext.train import compare as driver
 from probmoe_ext.train.analysis import rounded
 from probmoe_ext.train.compare import compare
@@ -345,3 +347,38 @@ def test_other_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "file").write_text("", "utf-8")
     with pytest.raises(UsageError, match=r"cannot write to .*; choose another --output"):
         compare(load_comparison(written(tmp_path), str(tmp_path / "file" / "out")), quiet=True)
+
+
+def test_the_command(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["compare", "--help"]) == 0
+    assert "probmoe compare --config" in capsys.readouterr().out.partition("examples:")[2]
+    assert main(["compare", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.startswith(f"probmoe compare: cannot read the configuration {tmp_path}/none.yaml")
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    command = ["compare", "--config", written(tmp_path), "--output", str(out)]
+    assert main([*command, "--quiet", "--only", "topk", "--seeds", "1"]) == 0
+    said = capsys.readouterr()
+    # Quiet leaves the results, and those of all that is finished.
+    assert said.out.lstrip().startswith("# a small one")
+    assert "| dynamic " in said.out
+    assert said.err == ""
+    (out / "runs" / "topk" / "seed-1" / "done.json").unlink()
+
+    def stopped(error: BaseException) -> str:
+        def stop(*arguments: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(driver, "perform", stop)
+        assert main(command) == 1
+        return capsys.readouterr().err
+
+    assert stopped(KeyboardInterrupt("after step 3 of 4")).endswith(
+        "probmoe compare: interrupted after step 3 of 4; the same command goes on\n"
+    )
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
+    assert stopped(full).endswith("/somewhere: No space left on device; the same command goes on\n")
+    failed = stopped(RuntimeError("no"))
+    assert failed == "probmoe compare: 1 runs failed; the same command tries them again\n"
