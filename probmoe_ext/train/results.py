@@ -112,7 +112,12 @@ def results_text(found: dict[str, Any]) -> str:
         return "no run is finished"
     keys = [key for key in SCORERS if key in done[0]["scores"]]
     scores = [
-        [one["title"], *(_percent(one["scores"][key]) for key in keys), _pm(one["measures"].get("loss"), 4)]
+        [
+            one["title"],
+            str(len(one["seeds"])),
+            *(_percent(one["scores"][key]) for key in keys),
+            _pm(one["measures"].get("loss"), 4),
+        ]
         for one in done
     ]
     routing = [
@@ -125,12 +130,11 @@ def results_text(found: dict[str, Any]) -> str:
         ]
         for one in done
     ]
-    seeds = max(len(one["seeds"]) for one in done)
     start = f" Before fine-tuning: {100 * found['start'][found['score']]:.1f} %." if found["start"] else ""
     parts = [
         f"# {found['name']}",
-        f"Mean ± half of Student's {100 * LEVEL:.0f} % interval over {seeds} seeds.{start}",
-        markdown_table(["router", *(SCORERS[key][0] for key in keys), "loss"], scores),
+        f"Mean ± half of Student's {100 * LEVEL:.0f} % interval over the seeds.{start}",
+        markdown_table(["router", "seeds", *(SCORERS[key][0] for key in keys), "loss"], scores),
     ]
     against = _against(found, done)
     if against:
