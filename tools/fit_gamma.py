@@ -99,8 +99,8 @@ def wrap(numbers: list[float], suffix: str) -> str:
 
 def main() -> None:
     """Prints the header."""
-    print("/* Coefficients of rows/elementary.h and rows/gamma.h, made by tools/fit_gamma.py, which says of what. */")
-    print('#ifndef PM_ROWS_GAMMA_TABLES_H\n#define PM_ROWS_GAMMA_TABLES_H\n\n#include "simd.h"\n')
+    print("/* Coefficients of numerics.h and rows/gamma.h, made by tools/fit_gamma.py, which says of what.")
+    print(" * No guard: see precision.h. */\n")
     print(f"#define PM_SLOPE_LOWEST ((real){LOWEST})\n#define PM_SLOPE_HIGHEST ((real){HIGHEST})\n")
     for bits, tolerance, suffix in ((32, 3e-8, "f"), (64, 4e-14, "")):
         print(f"#if PM_REAL_BITS == {bits}")
@@ -108,8 +108,8 @@ def main() -> None:
         lengths = [len(row) for row in rows]
         print(f"/* alpha d log g / d alpha, within {error:.1g} (relative): {sum(lengths)} coefficients. */")
         print(f"enum {{ SLOPE_ROWS = {len(rows)}, SLOPE_COLUMNS = {max(lengths)} }};")
-        print(f"static const int slope_lengths[SLOPE_ROWS] = {{{', '.join(map(str, lengths))}}};")
-        print("static const real slope_table[SLOPE_ROWS][SLOPE_COLUMNS] = {")
+        print(f"PM_CONSTANT int slope_lengths[SLOPE_ROWS] = {{{', '.join(map(str, lengths))}}};")
+        print("PM_CONSTANT real slope_table[SLOPE_ROWS][SLOPE_COLUMNS] = {")
         print(",\n".join("    {\n" + wrap(row, suffix) + "}" for row in rows) + "};\n")
         small, root = bits == 32, mpmath.sqrt(2)
         one = [
@@ -127,9 +127,8 @@ def main() -> None:
         for name, text, function, low, high, wanted in one:
             coefficients, error = one_variable(function, low, high, wanted)
             print(f"/* {text}, within {error:.1g}. */")
-            print(f"static const real {name}[{len(coefficients)}] = {{\n{wrap(coefficients, suffix)}}};\n")
+            print(f"PM_CONSTANT real {name}[{len(coefficients)}] = {{\n{wrap(coefficients, suffix)}}};\n")
         print("#endif\n")
-    print("#endif")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@
 
 #include "../kernels.h"
 #include "../philox.h"
-#include "elementary.h"
+#include "simd.h"
 #include "transfer.h"
 
 #if PM_REAL_BITS == 32

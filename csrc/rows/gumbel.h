@@ -141,13 +141,7 @@ static pm_status gumbel_sigmoid_rows(const pm_job *job) {
     vword word[4];
     for (int64_t i = 0; i < d.E; i += 4) {
       element_words(&at, (uint32_t)(i / 4), word);
-      for (int t = 0; t < 4 && i + t < d.E; ++t) {
-        const vreal y = (d.x[i + t] + logistic_of(word[t])) * inverse;
-        const vmask negative = (vmask)(y < splat(0)), defined = (vmask)(y == y);
-        const vreal e = exp_(select_(defined, select_(negative, y, -y), splat(0)));
-        const vreal z = select_(negative, e, splat(1)) / (e + splat(1));
-        d.x[i + t] = select_(defined, z, y);
-      }
+      for (int t = 0; t < 4 && i + t < d.E; ++t) d.x[i + t] = sigmoid((d.x[i + t] + logistic_of(word[t])) * inverse);
     }
     store_rows(d.x, wanted, row, d.E, job->out, job->is_double);
   }

@@ -15,7 +15,6 @@
 #define PM_ROWS_RELAXED_H
 
 #include "gumbel.h"
-#include "powers.h"
 
 #define PM_ROUNDS_BYTES (128 * 1024)
 

@@ -17,30 +17,9 @@
 #endif
 
 #define PM_ALWAYS_INLINE static inline __attribute__((always_inline))
+#define PM_CONSTANT static const
 
-#if PM_REAL_BITS == 32
-typedef float real;
-typedef int32_t bits;
-typedef uint32_t pattern;
-#define PM_REAL_TINY 0x1p-126f /* smallest normal number */
-#define PM_REAL_HALF_ULP 0x1p-24f
-#define PM_MANTISSA_BITS 23
-#define PM_LARGEST_BITS INT32_MAX
-#define PM_LARGEST_EXPONENT 127
-#define PM_EXP_ROUND 0x1.8p23f   /* adding it rounds to a whole number, which is then in the low bits */
-#define PM_EXP_LOWEST -87.33654f /* exp of it is the smallest normal number */
-#else
-typedef double real;
-typedef int64_t bits;
-typedef uint64_t pattern;
-#define PM_REAL_TINY 0x1p-1022
-#define PM_REAL_HALF_ULP 0x1p-53
-#define PM_MANTISSA_BITS 52
-#define PM_LARGEST_BITS INT64_MAX
-#define PM_LARGEST_EXPONENT 1023
-#define PM_EXP_ROUND 0x1.8p52
-#define PM_EXP_LOWEST -708.3964185322641
-#endif
+#include "../precision.h"
 
 enum { LANES = PM_VECTOR_BYTES / (PM_REAL_BITS / 8) };
 
@@ -88,6 +67,10 @@ PM_ALWAYS_INLINE vreal select_(vmask mask, vreal yes, vreal no) {
 PM_ALWAYS_INLINE vreal max_(vreal a, vreal b) { return select_((vmask)(a > b), a, b); }
 PM_ALWAYS_INLINE vreal min_(vreal a, vreal b) { return select_((vmask)(a < b), a, b); }
 #endif
+
+PM_ALWAYS_INLINE vpattern pattern_of(vreal x) { return (vpattern)x; }
+PM_ALWAYS_INLINE vreal real_of(vpattern x) { return (vreal)x; }
+PM_ALWAYS_INLINE vreal whole(vmask x) { return __builtin_convertvector(x, vreal); }
 
 PM_ALWAYS_INLINE vreal splat(real x) { return (vreal){0} + x; }
 PM_ALWAYS_INLINE vint splat_bits(bits x) { return (vint){0} + x; }
@@ -188,35 +171,6 @@ PM_ALWAYS_INLINE void multiply_words(vword a, uint32_t b, vword *high, vword *lo
 #endif
 }
 
-/* x = n log 2 + r with whole n and |r| <= log(2) / 2; returns exp(r), and n in the low bits of *shifted, a number so
- * large that its last bit counts ones. log 2 is split in two so that n log 2 is exact (Cody & Waite 1980). The
- * polynomials are minimax in relative error, 3.1e-9 and 3.7e-18, well below half an ulp. */
-PM_ALWAYS_INLINE vreal exp_reduced(vreal x, vreal *shifted) {
-#if PM_REAL_BITS == 32
-  const real log2_high = 0x1.62e4p-1f, log2_low = 0x1.7f7d1cp-20f;
-#else
-  const real log2_high = 0x1.62e42fefa38p-1, log2_low = 0x1.ef35793c7673p-45;
-#endif
-  *shifted = fma_(x, splat((real)0x1.71547652b82fep0), splat(PM_EXP_ROUND));
-  const vreal n = *shifted - splat(PM_EXP_ROUND);
-  vreal r = fma_(n, splat(-log2_high), x);
-  r = fma_(n, splat(-log2_low), r);
-#if PM_REAL_BITS == 32
-  static const real coefficients[] = {0.0013814613114645247f, 0.0083687098947233054f, 0.041668387368100674f,
-                                      0.16666520689251869f, 0.49999993451669324f};
-#else
-  static const real coefficients[] = {2.5000072185264219e-08, 2.7630234059594198e-07, 2.7557586267482642e-06,
-                                      2.4801493135824400e-05, 1.9841269506776754e-04, 1.3888888943598014e-03,
-                                      8.3333333334943343e-03, 4.1666666666530265e-02, 1.6666666666666413e-01,
-                                      5.0000000000000106e-01};
-#endif
-  vreal y = splat(coefficients[0]);
-#pragma GCC unroll 16
-  for (int c = 1; c < (int)(sizeof coefficients / sizeof *coefficients); ++c) y = fma_(y, r, splat(coefficients[c]));
-  y = fma_(y, r, splat(1));
-  return fma_(y, r, splat(1));
-}
-
 /* y 2^(the whole number in `shifted` less the one in `origin`), which must be normal; 0 where x < lowest. The left
  * shift drops all of the difference but its low bits. */
 PM_ALWAYS_INLINE vreal scale_by_shifted(vreal y, vreal shifted, vreal origin, vreal x, vreal lowest) {
@@ -230,13 +184,6 @@ PM_ALWAYS_INLINE vreal scale_by_shifted(vreal y, vreal shifted, vreal origin, vr
 #else
   return (vreal)((vpattern)(x >= lowest) & ((vpattern)y + power));
 #endif
-}
-
-/* exp(x) for -inf <= x <= 80 within 1 ulp, no NaN; 0 where the result is below the normal range. */
-PM_ALWAYS_INLINE vreal exp_(vreal x) {
-  vreal shifted;
-  const vreal y = exp_reduced(x, &shifted);
-  return scale_by_shifted(y, shifted, splat(PM_EXP_ROUND), x, splat(PM_EXP_LOWEST));
 }
 
 /* 2^n for whole n with the result in the normal range. */
@@ -261,5 +208,22 @@ PM_ALWAYS_INLINE vreal scale_up(vreal a, vreal n) {
   return a * power_of_two(first) * power_of_two(second);
 #endif
 }
+
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512F__) && PM_REAL_BITS == 32
+PM_ALWAYS_INLINE vreal sqrt_(vreal x) { return _mm512_sqrt_ps(x); }
+#elif PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+PM_ALWAYS_INLINE vreal sqrt_(vreal x) { return _mm512_sqrt_pd(x); }
+#elif PM_VECTOR_BYTES == 32 && defined(__AVX2__) && PM_REAL_BITS == 32
+PM_ALWAYS_INLINE vreal sqrt_(vreal x) { return _mm256_sqrt_ps(x); }
+#elif PM_VECTOR_BYTES == 32 && defined(__AVX2__)
+PM_ALWAYS_INLINE vreal sqrt_(vreal x) { return _mm256_sqrt_pd(x); }
+#else
+PM_ALWAYS_INLINE vreal sqrt_(vreal x) {
+  for (int l = 0; l < LANES; ++l) x[l] = PM_REAL_BITS == 32 ? (real)sqrtf((float)x[l]) : (real)sqrt((double)x[l]);
+  return x;
+}
+#endif
+
+#include "../numerics.h"
 
 #endif
