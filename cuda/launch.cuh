@@ -129,7 +129,7 @@ __device__ __forceinline__ R from_lane(const Group &group, R value, int lane) {
 // The block's dynamic shared memory. (tests/emulation gives the address on a CPU.)
 __device__ __forceinline__ double *shared_memory() {
 #if defined(__CUDACC__)
-  extern __shared__ double shared_doubles[];
+  extern __shared__ __align__(16) double shared_doubles[];
 #endif
   return shared_doubles;
 }

@@ -113,29 +113,37 @@ struct Row {
   bool poison;
 };
 
+// Whether the row is poisoned; its experts are then zeros.
 template <class R, int N>
-__device__ __forceinline__ void finish_row(const Group &group, int first, int experts, int k_min, Row<R, N> &row) {
+__device__ __forceinline__ bool settle(const Group &group, int first, int experts, int k_min, R (&x)[N]) {
   bool bad = false, masked = false;
-  R largest = -INFINITY;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    bad |= !(row.x[n] < static_cast<R>(INFINITY));
-    masked |= row.x[n] == static_cast<R>(-INFINITY);
-    largest = row.x[n] > largest ? row.x[n] : largest;
+    bad |= !(x[n] < static_cast<R>(INFINITY));
+    masked |= x[n] == static_cast<R>(-INFINITY);
   }
-  row.poison = group_vote(group, bad) != 0;
+  bool poison = group_vote(group, bad) != 0;
   if (__any_sync(kAllLanes, masked)) {
     int unmasked = 0;
 #pragma unroll
-    for (int n = 0; n < N; ++n) unmasked += row.x[n] > static_cast<R>(-INFINITY);
-    row.poison |= group_sum(group, unmasked) < k_min;
+    for (int n = 0; n < N; ++n) unmasked += x[n] > static_cast<R>(-INFINITY);
+    poison |= group_sum(group, unmasked) < k_min;
   }
-  largest = group_max(group, largest);
-  row.largest = row.poison || largest == static_cast<R>(-INFINITY) ? R(0) : largest;
-  if (row.poison) {
+  if (poison) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) row.x[n] = first + n < experts ? R(0) : static_cast<R>(-INFINITY);
+    for (int n = 0; n < N; ++n) x[n] = first + n < experts ? R(0) : static_cast<R>(-INFINITY);
   }
+  return poison;
+}
+
+template <class R, int N>
+__device__ __forceinline__ void finish_row(const Group &group, int first, int experts, int k_min, Row<R, N> &row) {
+  row.poison = settle(group, first, experts, k_min, row.x);
+  R largest = -INFINITY;
+#pragma unroll
+  for (int n = 0; n < N; ++n) largest = row.x[n] > largest ? row.x[n] : largest;
+  largest = group_max(group, largest);
+  row.largest = largest == static_cast<R>(-INFINITY) ? R(0) : largest;
   row.sum = 0;
 #pragma unroll
   for (int n = 0; n < N; ++n) row.sum += exponential(row.x[n] - row.largest);
