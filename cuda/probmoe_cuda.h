@@ -75,6 +75,31 @@ pm_cuda_status pm_cuda_route_backward(const pm_shape *shape, pm_dtype dtype, con
                                       const void *grad_weights, pm_backward backward, int normalize, void *grad_logits,
                                       void *scratch, void *stream);
 
+/* ---- the Gumbel family: no scratch but where one is named ---------------------------------------------------- */
+
+/* keys, indices [T, k], k = k_min = k_max: the CPU's bits, and so its draws */
+pm_cuda_status pm_cuda_gumbel_top_k(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *seed,
+                                    void *keys, int64_t *indices, void *stream);
+/* indices [T, k_max], out [T] */
+pm_cuda_status pm_cuda_plackett_luce_log_prob(const pm_shape *shape, pm_dtype dtype, const void *logits,
+                                              const int64_t *indices, void *out, void *stream);
+/* grad [T], grad_logits [T, E] */
+pm_cuda_status pm_cuda_plackett_luce_log_prob_backward(const pm_shape *shape, pm_dtype dtype, const void *logits,
+                                                       const int64_t *indices, const void *grad, void *grad_logits,
+                                                       void *stream);
+/* out [T, E] of type `dtype`; keys [T, E], float for the half types */
+pm_cuda_status pm_cuda_relaxed_top_k(const pm_shape *shape, pm_dtype dtype, const void *logits, double temperature,
+                                     const int64_t *seed, void *out, void *keys, void *stream);
+/* keys and grad_logits [T, E] of type `dtype`, float or double; grad [T, E] of type `grad_dtype`, double if that is.
+ * Scratch of its own size, 0 for all shapes of practice. */
+int64_t pm_cuda_relaxed_top_k_backward_scratch_size(const pm_shape *shape, pm_dtype dtype);
+pm_cuda_status pm_cuda_relaxed_top_k_backward(const pm_shape *shape, pm_dtype dtype, const void *keys,
+                                              pm_dtype grad_dtype, const void *grad, double temperature,
+                                              void *grad_logits, void *scratch, void *stream);
+/* out [T, E]: the CPU's bits; k is not read */
+pm_cuda_status pm_cuda_gumbel_sigmoid(const pm_shape *shape, pm_dtype dtype, const void *logits, double temperature,
+                                      const int64_t *seed, void *out, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

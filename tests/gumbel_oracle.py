@@ -102,3 +102,20 @@ def relaxed(keys: Sequence[float], k: int, temperature: float) -> list[float]:
             if t + 1 < k:
                 x = [value + mpmath.log(1 - share) for value, share in zip(x, a, strict=True)]
         return [float(value) for value in result]
+
+
+def exact_log_prob(logits: Sequence[float], order: Sequence[int]) -> tuple[float, list[float]]:
+    """The log-probability of a possible draw and its gradient, in as many digits as the logits span."""
+    with mpmath.workdps(_DIGITS + int(max(logits) - min(x for x in logits if x > float("-inf")))):
+        weight = [mpmath.exp(x) for x in logits]
+        left, total = mpmath.fsum(weight), mpmath.mpf(0)
+        reciprocals, gradient, later = mpmath.mpf(0), [mpmath.mpf(0) for _ in logits], set(range(len(logits)))
+        for i in order:
+            total += mpmath.log(weight[i] / left)
+            reciprocals += 1 / left
+            gradient[i] = 1 - weight[i] * reciprocals
+            later.discard(i)
+            left -= weight[i]
+        for i in later:
+            gradient[i] = -weight[i] * reciprocals
+        return float(total), [float(g) for g in gradient]

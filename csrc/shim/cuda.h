@@ -67,12 +67,15 @@ class DeviceRows {
   }
   Tensor like(std::optional<int64_t> width) const { return like(width, logits.scalar_type()); }
 
-  // A second input with the rows of the first and `width` dense columns of its type, or of `element`.
-  Tensor companion(const char *name, const Tensor &tensor, int64_t width) const {
-    check_companion(name, tensor, width);
+  // A second input with the rows of the first and `width` columns (none: a number a row): dense and of its type, or
+  // dense and of its own.
+  Tensor companion(const char *name, const Tensor &tensor, std::optional<int64_t> width = std::nullopt) const {
     const ScalarType element = logits.scalar_type();
-    const Tensor cast = tensor.scalar_type() == element ? tensor : torch::stable::to(tensor, element);
-    return torch::stable::contiguous(cast);
+    return dense_companion(name, tensor.scalar_type() == element ? tensor : torch::stable::to(tensor, element), width);
+  }
+  Tensor dense_companion(const char *name, const Tensor &tensor, std::optional<int64_t> width) const {
+    check_companion(name, tensor, width);
+    return torch::stable::contiguous(tensor);
   }
   Tensor companion_indices(const Tensor &tensor, int64_t width) const {
     if (tensor.scalar_type() != ScalarType::Long) fail("probmoe_ext::", op, ": indices must be int64");
@@ -104,11 +107,14 @@ class DeviceRows {
   pm_shape shape;
 
  private:
-  void check_companion(const char *name, const Tensor &tensor, int64_t width) const {
-    const bool same_rows = tensor.dim() == logits.dim() && tensor.size(tensor.dim() - 1) == width &&
+  void check_companion(const char *name, const Tensor &tensor, std::optional<int64_t> width) const {
+    const int64_t batch = logits.dim() - 1;
+    const bool same_rows = tensor.dim() == batch + (width ? 1 : 0) && (!width || tensor.size(batch) == *width) &&
                            std::equal(logits.sizes().begin(), logits.sizes().end() - 1, tensor.sizes().begin());
-    if (!same_rows || tensor.get_device_index() != logits.get_device_index() || tensor.is_cpu() != logits.is_cpu())
-      fail("probmoe_ext::", op, ": ", name, " must have the shape and device of logits, with last dimension ", width);
+    if (same_rows && tensor.get_device_index() == logits.get_device_index() && tensor.is_cpu() == logits.is_cpu())
+      return;
+    if (!width) fail("probmoe_ext::", op, ": ", name, " must have one element for each row of logits, on their device");
+    fail("probmoe_ext::", op, ": ", name, " must have the shape and device of logits, with last dimension ", *width);
   }
 };
 
