@@ -1,4 +1,4 @@
-"""Times routing on a GPU: ``python -m benchmarks.gpu --json benchmarks/results/NAME.json``.
+"""Times the operators on a GPU: ``python -m benchmarks.gpu --json benchmarks/results/NAME.json``.
 
 Each case runs turn by turn with its peer in one process: eagerly, and as replays of a CUDA graph, between CUDA events;
 reported are medians and the ratio of medians, beside what is wanted of them. Without a GPU (``--device cpu``) the same
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from probmoe_ext import ops
 
+from . import gumbel
 from .measure import machine
 
 Run = Callable[[], object]
@@ -108,6 +109,62 @@ def routing_cases(rows: int, device: torch.device) -> list[Case]:
         ),
         Case("subset_entropy", lambda: ops.subset_entropy(small, 8), lambda: torch.softmax(small, -1), "softmax"),
     ]
+
+
+# ---- the Gumbel family ----------------------------------------------------------------------------------------------
+
+
+def gumbel_cases(rows: int, device: torch.device) -> list[Case]:
+    """Ordered draws, their law and their relaxations against the same in torch operators, bfloat16 logits."""
+    logits, seed = torch.randn(rows, 64, device=device).bfloat16(), torch.tensor(1, device=device)
+    temperature = gumbel.TEMPERATURE
+    order, _ = ops.gumbel_top_k(logits, 8, seed=seed)
+    keys, upstream = torch.randn(rows, 64, device=device), torch.randn_like(logits)
+    backward = torch.ops.probmoe_ext.relaxed_top_k_backward
+
+    def draw() -> object:
+        return torch.topk(logits.float() - torch.empty_like(logits, dtype=torch.float32).exponential_().log(), 8, -1)
+
+    def gates() -> object:
+        noise = torch.empty_like(logits, dtype=torch.float32).uniform_(1e-7, 1 - 1e-7).logit()
+        return torch.sigmoid((logits.float() + noise) / temperature).to(logits.dtype)
+
+    def rounds(x: Tensor) -> Tensor:
+        return gumbel.relaxed_by_rounds(x.float(), 8)
+
+    def relaxed(x: Tensor) -> Tensor:
+        return ops.relaxed_top_k(x, 8, temperature, seed=seed)
+
+    by_rounds = "the rounds in torch operators"
+    return [
+        Case("gumbel_top_k", lambda: ops.gumbel_top_k(logits, 8, seed=seed), draw, "noise + topk"),
+        Case(
+            "plackett_luce_log_prob, forward + backward",
+            _backward(lambda x: ops.plackett_luce_log_prob(x, order), logits),
+            _backward(lambda x: gumbel.log_prob(x.float(), order), logits),
+            "gather + logcumsumexp, forward + backward",
+        ),
+        Case("relaxed_top_k", lambda: relaxed(logits), lambda: rounds(logits), by_rounds),
+        Case(
+            "relaxed_top_k_backward",
+            lambda: backward(upstream, keys, 8, temperature),
+            lambda: rounds(logits),
+            f"{by_rounds}, forward",
+        ),
+        Case(
+            "relaxed_top_k, forward + backward",
+            _backward(relaxed, logits),
+            _backward(rounds, logits),
+            f"{by_rounds}, forward + backward",
+            0.2,
+        ),
+        Case("gumbel_sigmoid", lambda: ops.gumbel_sigmoid(logits, temperature, seed=seed), gates, "noise + sigmoid"),
+    ]
+
+
+def cases_of(rows: int, device: torch.device) -> list[Case]:
+    """All operators'."""
+    return [*routing_cases(rows, device), *gumbel_cases(rows, device)]
 
 
 # ---- a whole layer --------------------------------------------------------------------------------------------------
@@ -252,7 +309,7 @@ def graphed(run: Run, device: torch.device) -> Run:
 def routing_results(rows: int, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """One line a case and way of running."""
     results = []
-    for case in routing_cases(rows, device):
+    for case in cases_of(rows, device):
         ways = {"eager": ((case.ours, case.peer), 1)}
         if device.type == "cuda":
             ways["graph"] = ((graphed(case.ours, device), graphed(case.peer, device)), 10)
@@ -323,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no CUDA device; --device cpu tries the program out")
     torch.manual_seed(0)
     if options.only:
-        cases = {case.name: case for case in routing_cases(options.rows, device)}
+        cases = {case.name: case for case in cases_of(options.rows, device)}
         if options.only not in cases:
             parser.error(f"--only must be one of {', '.join(cases)}, not {options.only!r}")
         for _ in range(10):

@@ -1,5 +1,5 @@
-// The k largest keys, and relaxed Bernoulli gates. Both are a few dozen instructions an expert behind one load: noise
-// and its logarithms (numerics.cuh) are most of them, so that they run at the issue rate, not at memory's.
+// The k largest keys, and relaxed Bernoulli gates. An expert's noise and its logarithms (numerics.cuh) are some eighty
+// instructions behind one load of two or four bytes, so that both run at the issue rate and not at memory's.
 #include "gumbel.cuh"
 
 namespace probmoe {

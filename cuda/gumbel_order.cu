@@ -2,9 +2,9 @@
 //
 // With L_t the logsumexp of what is left after choice t, its term is -log(1 + exp(L_t - r_t)), which loses nothing. L
 // is a scan over the choices from the last to the first: with a choice a lane, log2(lanes) steps rather than k, and the
-// terms of all choices at once. A partial sum is a pair, its largest logit and the sum relative to it. Differences are
-// then of logits alone, exact to their last bit, and single precision serves where one sum of logarithms would need
-// double: the CPU, with rows to spare in its vectors, takes that.
+// terms of all choices at once. A partial sum is a pair, its largest logit and the sum relative to it, so that only
+// logits are ever subtracted from one another: single precision serves where a running logarithm, which is as large as
+// the logits are, would need double (as the CPU takes it).
 #include "gumbel.cuh"
 
 #include <climits>
@@ -37,7 +37,7 @@ __device__ __forceinline__ LogSum<R> from_lane(const Group &group, const LogSum<
   return {from_lane(group, it.largest, lane), from_lane(group, it.sum, lane)};
 }
 
-// Each lane's sum with those of all lanes after it (step 1) or before it (step -1).
+// Each lane's sum with those of all lanes after it (direction 1) or before it (direction -1).
 template <class R>
 __device__ __forceinline__ LogSum<R> scan(const Group &group, LogSum<R> it, int direction) {
   for (int step = 1; step < group.size; step *= 2) {

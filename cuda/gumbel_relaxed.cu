@@ -1,14 +1,16 @@
 // Relaxed top-k and its gradient: the rounds of csrc/rows/relaxed.h, whose formulas and names these are, on a row in
 // the registers of its group.
 //
-// A round is a chain: the two largest keys of the row, the sum of the others' weights, every key's own update. Four
-// rows a warp (E = 64) hide one another's shuffles. The rounds are a loop and not unrolled: their number is the
-// caller's, and eight copies would not fit the instruction cache.
+// A round is a chain of reductions: the two largest keys of the row, then the sum of the others' weights. Eight keys a
+// lane are enough to do between them (a power, a logarithm and a quotient each), and at E = 64 four rows share every
+// shuffle. The rounds are a loop and not unrolled: their number is the caller's, and eight copies would not fit the
+// instruction cache.
 //
 // Backward needs the weights of every round, last round first. They are made again from the keys and kept in shared
 // memory, in columns of 16 bytes a lane so that no banks collide: 8.4 KB a warp at (64, 8), 24 warps a multiprocessor
-// where there are 228 KB. In registers they would be 8 a round, and the number of rounds a constant of the code. Rows
-// whose rounds are more than a block can hold (k above 45 at E = 64) take turns in the scratch.
+// where there are 228 KB, 8 where there are 100. In registers they would be eight a round, and the number of rounds a
+// constant of the code. Rows whose rounds are more than a block can hold (k above 45 at E = 64) take turns in the
+// scratch.
 #include "gumbel.cuh"
 
 namespace probmoe {

@@ -4,7 +4,8 @@
  * stream gets there. Layout and meaning are those of csrc/probmoe.h, with these differences:
  *   - E <= PM_CUDA_MAX_EXPERTS; all of logits, vectors and outputs of a call have the type `dtype`.
  *   - A row with fewer than k_min unmasked experts is answered as a NaN row (NaN, indices 0, 1, 2, ...), since no row
- *     can be named without waiting for the device. So is, by pm_cuda_subset_log_prob, one with an index outside 0..E.
+ *     can be named without waiting for the device. So is, by pm_cuda_subset_log_prob, one with an index outside 0..E,
+ *     and by pm_cuda_plackett_luce_log_prob and its gradient one with an index outside 0..E-1.
  *   - `seed` points to the device: the kernel reads it, so that a captured graph draws anew when it is replayed.
  *   - `scratch` is device memory of pm_cuda_scratch_size(shape, dtype) bytes, aligned to 16, and may be NULL where
  *     that is 0, as it is for all shapes of practice. Calls on one stream may share it.
@@ -12,7 +13,8 @@
  * PRECISION. float32, bfloat16 and float16 rows of up to 256 experts and subsets of up to 8 are computed in single
  * precision (within the promises of csrc/probmoe.h), larger ones and float64 in double. log Z, the sizes'
  * probabilities, the entropy and log-probabilities are computed in double always, as on the CPU: they are sums in which
- * large terms of both signs meet. The mode needs comparisons alone and is in the type of its logits. */
+ * large terms of both signs meet. The mode needs comparisons alone and is in the type of its logits. The Gumbel family
+ * is in single precision at any size but for float64. */
 #ifndef PROBMOE_CUDA_H
 #define PROBMOE_CUDA_H
 
@@ -32,7 +34,7 @@ typedef enum pm_dtype { PM_F32 = 0, PM_F64 = 1, PM_BF16 = 2, PM_F16 = 3 } pm_dty
 typedef int pm_cuda_status;
 const char *pm_cuda_error_text(pm_cuda_status status);
 
-/* Bytes of scratch that suffice for every launcher at this shape. */
+/* Bytes of scratch that suffice for every launcher at this shape, but for one with a size of its own. */
 int64_t pm_cuda_scratch_size(const pm_shape *shape, pm_dtype dtype);
 
 /* ---- the subset family -------------------------------------------------------------------------------------- */
@@ -64,20 +66,13 @@ pm_cuda_status pm_cuda_subset_sample(const pm_shape *shape, pm_dtype dtype, cons
 pm_cuda_status pm_cuda_subset_mode(const pm_shape *shape, pm_dtype dtype, const void *logits, int64_t *out,
                                    void *stream);
 
-/* ---- routing ------------------------------------------------------------------------------------------------ */
+/* ---- the Gumbel family ---------------------------------------------------------------------------------------- */
 
-/* pm_route: a draw where `seed` (on the device) is given, the mode where it is NULL. weights, indices [T, k_max]. */
-pm_cuda_status pm_cuda_route(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *seed,
-                             int normalize, void *weights, int64_t *indices, void *scratch, void *stream);
+/* No scratch but where one is named. Keys and gates have the bits of a CPU with fused multiply-add, float32 and float64
+ * (csrc/numerics.h): the same seed draws the same experts on both. Sums over a row are added in another order, and
+ * log-probabilities keep them relative to one of their logits, so that single precision is enough for them, too. */
 
-/* pm_route_backward. indices, grad_weights [T, k_max], grad_logits [T, E]. */
-pm_cuda_status pm_cuda_route_backward(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *indices,
-                                      const void *grad_weights, pm_backward backward, int normalize, void *grad_logits,
-                                      void *scratch, void *stream);
-
-/* ---- the Gumbel family: no scratch but where one is named ---------------------------------------------------- */
-
-/* keys, indices [T, k], k = k_min = k_max: the CPU's bits, and so its draws */
+/* seed [1] on the device, keys and indices [T, k], k = k_min = k_max */
 pm_cuda_status pm_cuda_gumbel_top_k(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *seed,
                                     void *keys, int64_t *indices, void *stream);
 /* indices [T, k_max], out [T] */
@@ -96,9 +91,20 @@ int64_t pm_cuda_relaxed_top_k_backward_scratch_size(const pm_shape *shape, pm_dt
 pm_cuda_status pm_cuda_relaxed_top_k_backward(const pm_shape *shape, pm_dtype dtype, const void *keys,
                                               pm_dtype grad_dtype, const void *grad, double temperature,
                                               void *grad_logits, void *scratch, void *stream);
-/* out [T, E]: the CPU's bits; k is not read */
+/* out [T, E]; k is not read */
 pm_cuda_status pm_cuda_gumbel_sigmoid(const pm_shape *shape, pm_dtype dtype, const void *logits, double temperature,
                                       const int64_t *seed, void *out, void *stream);
+
+/* ---- routing ------------------------------------------------------------------------------------------------ */
+
+/* pm_route: a draw where `seed` (on the device) is given, the mode where it is NULL. weights, indices [T, k_max]. */
+pm_cuda_status pm_cuda_route(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *seed,
+                             int normalize, void *weights, int64_t *indices, void *scratch, void *stream);
+
+/* pm_route_backward. indices, grad_weights [T, k_max], grad_logits [T, E]. */
+pm_cuda_status pm_cuda_route_backward(const pm_shape *shape, pm_dtype dtype, const void *logits, const int64_t *indices,
+                                      const void *grad_weights, pm_backward backward, int normalize, void *grad_logits,
+                                      void *scratch, void *stream);
 
 #ifdef __cplusplus
 }

@@ -7,6 +7,7 @@ compiled op does.
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from probmoe_ext import reference
+from probmoe_ext import _C, reference
 from tests.inputs import MODERATE, Band, logit_sets
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Any]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SEED = 20240607
+
+needs_fma = pytest.mark.skipif(
+    _C.instruction_set() == "portable" and platform.machine() in ("x86_64", "AMD64"),
+    reason="the CPU's kernels in use have no fused multiply-add, and other bits for it",
+)
 
 
 def _only_logits(logits: Tensor, band: Band) -> Tensors:

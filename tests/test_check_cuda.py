@@ -20,6 +20,10 @@ USAGE = """
 SASS = """
 		Function : _ZN7probmoe15gradient_kernelILi8EEEv
         /*0010*/                   {instruction} ;                 /* 0x000000ff0aff7624 */
+		Function : _ZN7probmoe62_GLOBAL__N__0_17_gumbel_relaxed_cu_020relaxed_top_k_kernelIdLi8EEEvNS_3JobE
+        /*0010*/                   DFMA R8, R8, R4, R6 ;           /* 0x000000ff0aff7624 */
+		Function : _ZN7probmoe62_GLOBAL__N__0_17_gumbel_relaxed_cu_020relaxed_top_k_kernelIfLi8EEEvNS_3JobE
+        /*0010*/                   FFMA R8, R8, R4, R6 ;           /* 0x000000ff0aff7624 */
 		Function : _ZN7probmoe14tangent_kernelENS_3JobE
         /*0010*/                   DFMA R8, R8, R4, R6 ;           /* 0x000000ff0aff7624 */
 """
@@ -32,7 +36,7 @@ def test_local_memory() -> None:
 
 
 def test_double_precision() -> None:
-    assert check_cuda.double_precision(SASS.format(instruction="FFMA R8, R8, R4, R6")) == (1, [])
+    assert check_cuda.double_precision(SASS.format(instruction="FFMA R8, R8, R4, R6")) == (2, [])
     for instruction in (
         "DADD R8, R8, R4",
         "@P0 DSETP.GT.AND P0, PT, R4, RZ, PT",

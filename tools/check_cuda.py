@@ -19,9 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # The single-precision kernels, and what they call, by their mangled names.
-SINGLE = re.compile(r"draw_kernel|draw_walking|marginals_kernel|gradient_kernel|scaled_pass|mode_kernelIf")
+SINGLE = re.compile(
+    r"draw_kernel|draw_walking|marginals_kernel|gradient_kernel|scaled_pass|mode_kernelIf"
+    r"|(gumbel|plackett_luce|relaxed)_\w*kernelIf"
+)
 DOUBLE = re.compile(r"\bD(FMA|ADD|MUL|SETP|MNMX|MMA)\b|\.F64|64H\b")
 KERNELS = 2 * 3 + 2  # draw, marginals and gradient for k up to 4 and 8; mode for up to 256 and 1024 experts
+KERNELS += 2 * 5 + 1  # the Gumbel family for up to 256 and 1024 experts; gates for any
 
 
 def find_cuobjdump() -> str:

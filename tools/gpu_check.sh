@@ -40,7 +40,7 @@ begin "build for $architecture"
 run env PROBMOE_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" "$PYTHON" setup.py -q build_ext --inplace
 
 begin 'operators, with a GPU required'
-try env PROBMOE_REQUIRE_CUDA=1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_cuda.py
+try env PROBMOE_REQUIRE_CUDA=1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_*cuda.py
 try env PROBMOE_REQUIRE_CUDA=1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops -k 'test_cuda and not test_cuda.py'
 begin 'the rest of the operators'"'"' tests'
 try env PROBMOE_REQUIRE_CUDA=1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_contract.py \
@@ -54,7 +54,7 @@ if ((dry)) || [[ -x $sanitizer ]]; then
     # Every allocation by itself, so that a byte past one is past all; our kernels alone, which have the name in theirs.
     try env PROBMOE_REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 "$sanitizer" --tool "$tool" \
       --error-exitcode 1 --kernel-name kernel_substring=probmoe \
-      "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_cuda.py -k sanitizer
+      "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_*cuda.py -k sanitizer
   done
 else
   echo 'gpu_check: no compute-sanitizer on this machine, left out'
@@ -69,7 +69,7 @@ fi
 
 begin 'profile'
 if ((dry)) || command -v ncu >/dev/null; then
-  for case in route_probmoe route_probmoe_backward route_top_k; do
+  for case in route_probmoe route_probmoe_backward route_top_k gumbel_top_k relaxed_top_k relaxed_top_k_backward; do
     # What binds: issue slots, memory, or neither (latency); registers and spills beside it.
     try ncu --kernel-name-base mangled --kernel-name 'regex:probmoe' --launch-skip 3 --launch-count 1 \
       --metrics "$(tr -d ' \n' <<<'

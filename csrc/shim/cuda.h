@@ -38,12 +38,12 @@ inline void *current_stream(const Tensor &tensor) {
 // Logits as the launchers take them: dense or row-strided as they are, anything else made dense first.
 class DeviceRows {
  public:
-  DeviceRows(const char *name, const Tensor &tensor, int64_t k_min, int64_t k_max)
+  DeviceRows(const char *name, const Tensor &tensor, int64_t k_min, int64_t k_max, int64_t most = PM_CUDA_MAX_EXPERTS)
       : op(name), type(element_type(name, tensor)), logits(tensor) {
     if (logits.dim() < 1) fail("probmoe_ext::", op, ": logits must have at least one dimension, the experts'");
     const int64_t experts = logits.size(logits.dim() - 1);
-    if (experts < 1 || experts > PM_CUDA_MAX_EXPERTS)
-      fail("probmoe_ext::", op, ": on CUDA, logits must have 1 to ", PM_CUDA_MAX_EXPERTS, " experts, not ", experts);
+    if (experts < 1 || experts > most)
+      fail("probmoe_ext::", op, ": on CUDA, logits must have 1 to ", most, " experts, not ", experts);
     if (k_min < 0 || k_min > k_max || k_max > experts)
       fail("probmoe_ext::", op, ": need 0 <= k_min <= k_max <= ", experts, " experts, not k_min = ", k_min,
            ", k_max = ", k_max);
@@ -67,15 +67,21 @@ class DeviceRows {
   }
   Tensor like(std::optional<int64_t> width) const { return like(width, logits.scalar_type()); }
 
-  // A second input with the rows of the first and `width` columns (none: a number a row): dense and of its type, or
-  // dense and of its own.
-  Tensor companion(const char *name, const Tensor &tensor, std::optional<int64_t> width = std::nullopt) const {
-    const ScalarType element = logits.scalar_type();
-    return dense_companion(name, tensor.scalar_type() == element ? tensor : torch::stable::to(tensor, element), width);
-  }
-  Tensor dense_companion(const char *name, const Tensor &tensor, std::optional<int64_t> width) const {
+  // A second input with the rows of the first and `width` dense columns of its type, or of `element`.
+  Tensor companion(const char *name, const Tensor &tensor, int64_t width, ScalarType element) const {
     check_companion(name, tensor, width);
-    return torch::stable::contiguous(tensor);
+    const Tensor cast = tensor.scalar_type() == element ? tensor : torch::stable::to(tensor, element);
+    return torch::stable::contiguous(cast);
+  }
+  Tensor companion(const char *name, const Tensor &tensor, int64_t width) const {
+    return companion(name, tensor, width, logits.scalar_type());
+  }
+  // A number for each row, likewise.
+  Tensor scalars(const char *name, const Tensor &tensor) const {
+    if (tensor.numel() != shape.rows || !beside(tensor))
+      fail("probmoe_ext::", op, ": ", name, " must have one element a row, on the device of logits");
+    const ScalarType element = logits.scalar_type();
+    return torch::stable::contiguous(tensor.scalar_type() == element ? tensor : torch::stable::to(tensor, element));
   }
   Tensor companion_indices(const Tensor &tensor, int64_t width) const {
     if (tensor.scalar_type() != ScalarType::Long) fail("probmoe_ext::", op, ": indices must be int64");
@@ -85,8 +91,7 @@ class DeviceRows {
 
   // Read by the kernel, not here: no wait for the device, and a captured graph draws anew.
   const int64_t *seed(const std::optional<Tensor> &tensor) const {
-    if (!tensor || tensor->scalar_type() != ScalarType::Long || tensor->numel() != 1 ||
-        tensor->get_device_index() != logits.get_device_index() || tensor->is_cpu() != logits.is_cpu())
+    if (!tensor || tensor->scalar_type() != ScalarType::Long || tensor->numel() != 1 || !beside(*tensor))
       fail("probmoe_ext::", op, ": seed must be an int64 tensor of one element on the device of logits");
     return static_cast<const int64_t *>(tensor->const_data_ptr());
   }
@@ -107,14 +112,14 @@ class DeviceRows {
   pm_shape shape;
 
  private:
-  void check_companion(const char *name, const Tensor &tensor, std::optional<int64_t> width) const {
-    const int64_t batch = logits.dim() - 1;
-    const bool same_rows = tensor.dim() == batch + (width ? 1 : 0) && (!width || tensor.size(batch) == *width) &&
+  bool beside(const Tensor &tensor) const {
+    return tensor.get_device_index() == logits.get_device_index() && tensor.is_cpu() == logits.is_cpu();
+  }
+  void check_companion(const char *name, const Tensor &tensor, int64_t width) const {
+    const bool same_rows = tensor.dim() == logits.dim() && tensor.size(tensor.dim() - 1) == width &&
                            std::equal(logits.sizes().begin(), logits.sizes().end() - 1, tensor.sizes().begin());
-    if (same_rows && tensor.get_device_index() == logits.get_device_index() && tensor.is_cpu() == logits.is_cpu())
-      return;
-    if (!width) fail("probmoe_ext::", op, ": ", name, " must have one element for each row of logits, on their device");
-    fail("probmoe_ext::", op, ": ", name, " must have the shape and device of logits, with last dimension ", *width);
+    if (!same_rows || !beside(tensor))
+      fail("probmoe_ext::", op, ": ", name, " must have the shape and device of logits, with last dimension ", width);
   }
 };
 

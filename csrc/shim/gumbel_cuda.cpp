@@ -41,7 +41,7 @@ Tensor plackett_luce_log_prob(Tensor logits, Tensor indices) {
 Tensor plackett_luce_log_prob_backward(Tensor grad, Tensor logits, Tensor indices) {
   const Guard guard(logits.get_device_index());
   const DeviceRows rows("plackett_luce_log_prob_backward", logits, 0, last_size(indices));
-  const Tensor chosen = rows.companion_indices(indices, rows.shape.k_max), upstream = rows.companion("grad", grad);
+  const Tensor chosen = rows.companion_indices(indices, rows.shape.k_max), upstream = rows.scalars("grad", grad);
   Tensor out = rows.like(rows.shape.experts);
   rows.check_launch(pm_cuda_plackett_luce_log_prob_backward(
       &rows.shape, rows.type, rows.data(), static_cast<const int64_t *>(chosen.const_data_ptr()),
@@ -63,10 +63,10 @@ std::tuple<Tensor, Tensor> relaxed_top_k(Tensor logits, Tensor seed, int64_t k, 
 Tensor relaxed_top_k_backward(Tensor grad, Tensor keys, int64_t k, double temperature) {
   const Guard guard(keys.get_device_index());
   const DeviceRows rows("relaxed_top_k_backward", keys, k, k);
-  // As it comes: a gradient of half type is widened by the kernel.
-  const bool as_it_is = rows.type != PM_F64 && grad.scalar_type() != ScalarType::Double;
-  const Tensor upstream = as_it_is ? rows.dense_companion("grad", grad, rows.shape.experts)
-                                   : rows.companion("grad", grad, rows.shape.experts);
+  // A gradient of half type is widened by the kernel, as it comes.
+  const bool single = rows.type != PM_F64 && grad.scalar_type() != ScalarType::Double;
+  const Tensor upstream =
+      rows.companion("grad", grad, rows.shape.experts, single ? grad.scalar_type() : rows.logits.scalar_type());
   Tensor out = rows.like(rows.shape.experts);
   Tensor scratch = torch::stable::new_empty(
       rows.logits, {pm_cuda_relaxed_top_k_backward_scratch_size(&rows.shape, rows.type)}, ScalarType::Byte);

@@ -71,7 +71,8 @@ def gumbel_top_k(logits: Tensor, k: int, seed: int | Tensor | None = None) -> tu
         logits: ``[..., E]``, floating; -inf masks an expert out.
         k: How many experts, ``0 <= k <= E``.
         seed: None draws one from torch's generator; an int or an int64 scalar tensor makes the call pure. Rows draw
-            independently, counted by their index (Philox4x32-10), whatever the number of threads.
+            independently, counted by their index (Philox4x32-10), whatever the number of threads; a GPU and a CPU with
+            fused multiply-add give the same keys to the last bit, and so the same experts.
 
     Returns:
         ``(indices, keys)``, both ``[..., k]`` by descending key, ties to the lower index: int64 indices, and the keys
@@ -130,8 +131,8 @@ _log_prob_vjp = register(
 def plackett_luce_log_prob(logits: Tensor, indices: Tensor) -> Tensor:
     """Log-probability of an ordered draw, ``sum_t [r_{i_t} - logsumexp(r over what is left before t)]``.
 
-    The probability that :func:`gumbel_top_k` draws just these experts in this order. Computed in double precision as a
-    sum of terms of one sign, so that nothing cancels.
+    The probability that :func:`gumbel_top_k` draws just these experts in this order. Computed as a sum of terms of one
+    sign, so that nothing cancels (on the CPU in double precision).
 
     Args:
         logits: ``[..., E]``, floating; -inf masks an expert out.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from probmoe_ext import _C, ops, reference
+from probmoe_ext import ops, reference
 from tests import emulation
 from tests import gumbel_oracle as oracle
-from tests.contract import assert_near, assert_same
+from tests.contract import assert_near, assert_same, needs_fma
 from tests.emulation.test_kernels import DTYPES, RAW, SEED, Shape, guarded
 from tests.inputs import SET_NAMES, logit_sets
 
@@ -22,10 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operat
 SHAPES = [(64, 8), (60, 4), (13, 5), (256, 8), (300, 9)]
 every_shape = pytest.mark.parametrize(("num_experts", "k"), SHAPES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-same_bits = pytest.mark.skipif(
-    _C.instruction_set() == "portable" and platform.machine() in ("x86_64", "AMD64"),
-    reason="the CPU's kernels in use have no fused multiply-add",
-)
 
 
 def results(logits: Tensor, k: int, temperature: float = 0.7) -> dict[str, tuple[Tensor, ...]]:
@@ -47,7 +42,7 @@ def results(logits: Tensor, k: int, temperature: float = 0.7) -> dict[str, tuple
 # ---- answers ------------------------------------------------------------------------------------------------------
 
 
-@same_bits
+@needs_fma
 @every_dtype
 @pytest.mark.parametrize(("num_experts", "k"), [*SHAPES, (1, 1), (6, 6), (1024, 40)])
 def test_keys_and_gates_have_the_cpus_bits(num_experts: int, k: int, dtype: torch.dtype) -> None:
