@@ -10,7 +10,8 @@ constexpr int kThreads = 128;
 // k rounds of arg-max, in the order of the output. A slot a lane, so that the stores are neighbours; more slots than
 // lanes go out in turns.
 template <class R, int N>
-__global__ void __launch_bounds__(kThreads) gumbel_top_k_kernel(const __grid_constant__ Job job, int size, int width) {
+__global__ void __launch_bounds__(kThreads, kBlocks<R, N>)
+    gumbel_top_k_kernel(const __grid_constant__ Job job, int size, int width) {
   const Group group = group_of(size, job.shape.rows);
   const int k = static_cast<int>(job.shape.k_max), experts = static_cast<int>(job.shape.experts);
   const int first = group.lane * N;

@@ -21,6 +21,10 @@ inline bool temperature_serves(double temperature) {
   return temperature >= PM_MIN_TEMPERATURE && temperature <= PM_MAX_TEMPERATURE;
 }
 
+// Blocks that a multiprocessor must have room for: left to itself the compiler spills to make room for more.
+template <class R, int N>
+constexpr int kBlocks = sizeof(R) == 4 && N == kSlots ? 6 : 2;
+
 // call(R(), slots) with the instantiation for a shape, `slots` an integral constant.
 template <class Call>
 pm_cuda_status by_shape(const pm_shape &shape, pm_dtype dtype, const Call &call) {

@@ -129,7 +129,8 @@ struct Order {
 };
 
 template <class R, int N>
-__global__ void __launch_bounds__(kThreads) plackett_luce_kernel(const __grid_constant__ Job job, int size, int width) {
+__global__ void __launch_bounds__(kThreads, kBlocks<R, N>)
+    plackett_luce_kernel(const __grid_constant__ Job job, int size, int width) {
   const Order<R, N> it(job, size, width);
   R total = 0;
   it.back(job, [&](int, int at, R r, const LogSum<R> &, const LogSum<R> &after) {
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) plackett_luce_kernel(const __grid_co
 // exp(-L_t) are a scan from the first choice to the last. A lane keeps the L of its slots, and then their results, in
 // shared memory, since registers have no index and there may be more slots than lanes.
 template <class R, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<R, N>)
     plackett_luce_backward_kernel(const __grid_constant__ Job job, int size, int in_width, int out_width) {
   const Order<R, N> it(job, size, in_width);
   const Group &group = it.group;

@@ -107,9 +107,8 @@ struct Widths {
   int in, out, keys;
 };
 
-// Two blocks at least: left to itself the compiler spills the form of 32 experts a lane to make room for four.
 template <class R, int N>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<R, N>)
     relaxed_top_k_kernel(const __grid_constant__ Job job, void *keys, int size, Widths widths, R unit) {
   const Group group = group_of(size, job.shape.rows);
   const int k = static_cast<int>(job.shape.k_max), experts = static_cast<int>(job.shape.experts);
@@ -206,7 +205,7 @@ __device__ __forceinline__ void round_backward(const Group &group, const Kept<R>
 // `bytes` of memory a warp, in the scratch or else in shared memory; all groups of a warp take the same number of
 // turns.
 template <class R, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<R, N>)
     relaxed_top_k_backward_kernel(const __grid_constant__ Job job, pm_dtype grad_type, int size, Widths widths, R unit,
                                   R inverse, int64_t bytes) {
   const int k = static_cast<int>(job.shape.k_max), experts = static_cast<int>(job.shape.experts);
