@@ -13,7 +13,16 @@ from probmoe_ext import ops, reference
 from tests import emulation
 from tests import gumbel_oracle as oracle
 from tests.contract import assert_near, assert_same, needs_fma
-from tests.emulation.test_kernels import DTYPES, RAW, SEED, Shape, guarded
+from tests.emulation.test_kernels import (
+    DTYPES,
+    RAW,
+    SEED,
+    Results,
+    Shape,
+    assert_any_alignment,
+    assert_any_order,
+    guarded,
+)
 from tests.inputs import SET_NAMES, logit_sets
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
@@ -23,7 +32,7 @@ every_shape = pytest.mark.parametrize(("num_experts", "k"), SHAPES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def results(logits: Tensor, k: int, temperature: float = 0.7) -> dict[str, tuple[Tensor, ...]]:
+def results(logits: Tensor, k: int, temperature: float = 0.7) -> Results:
     """Outputs of every raw operator on the same logits."""
     generator = torch.Generator().manual_seed(3)
     v = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype)
@@ -156,25 +165,14 @@ def test_gradient_as_it_comes(grad_dtype: torch.dtype) -> None:
 @every_shape
 def test_rows_of_any_alignment(num_experts: int, k: int, dtype: torch.dtype) -> None:
     """Wide, narrow and single accesses give the same bits: rows that begin at any element of a wider tensor."""
-    wide = torch.randn(2, num_experts + 8).to(dtype)
-    with emulation.in_place_of_cpu():
-        for offset in (1, 2, 4):
-            view = wide[:, offset : offset + num_experts]
-            for name, got in results(view, k).items():
-                assert_same(got, results(view.clone(), k)[name], f"{name} at offset {offset}")
+    assert_any_alignment(torch.randn(2, num_experts + 8).to(dtype), num_experts, lambda rows: results(rows, k))
 
 
 @every_shape
 def test_threads_in_any_order(num_experts: int, k: int) -> None:
     """No result depends on the order of threads between meetings: none reads what another has yet to write."""
     logits = torch.cat(list(logit_sets(1, num_experts, (k, k), torch.float32).values()))
-    with emulation.in_place_of_cpu():
-        want = results(logits, k)
-        for seed in (1, 2, 3):
-            with emulation.schedule(seed):
-                got = results(logits, k)
-            for name, outputs in got.items():
-                assert_same(outputs, want[name], f"{name}, schedule {seed}")
+    assert_any_order(lambda: results(logits, k))
 
 
 @every_dtype

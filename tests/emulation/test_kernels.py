@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 SEED = torch.tensor(-17)
 
 
-def results(logits: Tensor, band: Band) -> dict[str, tuple[Tensor, ...]]:
+Results = dict[str, tuple[Tensor, ...]]
+
+
+def results(logits: Tensor, band: Band) -> Results:
     """Outputs of every raw operator on the same logits."""
     a, b = band
     generator = torch.Generator().manual_seed(3)
@@ -42,6 +46,27 @@ def results(logits: Tensor, band: Band) -> dict[str, tuple[Tensor, ...]]:
         "route_top_k_backward": RAW.route_top_k_backward(grad, logits, members, False),
     }
     return {name: out if isinstance(out, tuple) else (out,) for name, out in found.items()}
+
+
+def assert_any_alignment(wide: Tensor, num_experts: int, call: Callable[[Tensor], Results]) -> None:
+    """Rows that begin at any element of a wider tensor give the bits of dense ones."""
+    with emulation.in_place_of_cpu():
+        for offset in (1, 2, 4):
+            view = wide[:, offset : offset + num_experts]
+            want = call(view.clone())
+            for name, got in call(view).items():
+                assert_same(got, want[name], f"{name} at offset {offset}")
+
+
+def assert_any_order(call: Callable[[], Results]) -> None:
+    """Threads that run in another order between meetings give the same bits."""
+    with emulation.in_place_of_cpu():
+        want = call()
+        for seed in (1, 2, 3):
+            with emulation.schedule(seed):
+                got = call()
+            for name, outputs in got.items():
+                assert_same(outputs, want[name], f"{name}, schedule {seed}")
 
 
 # ---- answers ------------------------------------------------------------------------------------------------------
@@ -93,12 +118,7 @@ def test_log_prob_of_no_index() -> None:
 @pytest.mark.parametrize(("num_experts", "band"), [(64, (8, 8)), (60, (4, 4)), (17, (1, 3))])
 def test_rows_of_any_alignment(num_experts: int, band: Band, dtype: torch.dtype) -> None:
     """Wide, narrow and single accesses give the same bits: rows that begin at any element of a wider tensor."""
-    wide = torch.randn(3, num_experts + 8).to(dtype)
-    with emulation.in_place_of_cpu():
-        for offset in (1, 2, 4):
-            view = wide[:, offset : offset + num_experts]
-            for name, got in results(view, band).items():
-                assert_same(got, results(view.clone(), band)[name], f"{name} at offset {offset}")
+    assert_any_alignment(torch.randn(3, num_experts + 8).to(dtype), num_experts, lambda rows: results(rows, band))
 
 
 def test_rows_in_the_scratch() -> None:
@@ -128,13 +148,7 @@ def test_a_row_answers_from_its_own_numbers() -> None:
 def test_threads_in_any_order(num_experts: int, band: Band) -> None:
     """No result depends on the order of threads between meetings: none reads what another has yet to write."""
     logits = torch.cat(list(logit_sets(1, num_experts, band, torch.float32).values()))
-    with emulation.in_place_of_cpu():
-        want = results(logits, band)
-        for seed in (1, 2, 3):
-            with emulation.schedule(seed):
-                got = results(logits, band)
-            for name, outputs in got.items():
-                assert_same(outputs, want[name], f"{name}, schedule {seed}")
+    assert_any_order(lambda: results(logits, band))
 
 
 class Shape(ctypes.Structure):

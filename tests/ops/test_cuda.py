@@ -37,6 +37,25 @@ def no_waiting(cuda: torch.device) -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+def assert_replays(
+    logits: Tensor, seed: Tensor, call: Callable[[], tuple[Tensor, ...]], generator: torch.Generator
+) -> None:
+    """A capture of the call answers new logits and a new seed, both filled in place, as the call itself does."""
+    side = torch.cuda.Stream(logits.device)
+    side.wait_stream(torch.cuda.current_stream(logits.device))
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream(logits.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for value in (7, -3):
+        seed.fill_(value)
+        logits.copy_(torch.randn(logits.shape, generator=generator).to(logits.dtype))
+        graph.replay()
+        assert_same(captured, call(), f"replay with seed {value}")
+
+
 @every_band
 @every_dtype
 def test_graph(cuda: torch.device, dtype: torch.dtype, band: Band) -> None:
@@ -44,19 +63,7 @@ def test_graph(cuda: torch.device, dtype: torch.dtype, band: Band) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(300, 64, generator=generator).to(cuda, dtype)
     seed = torch.tensor(7, device=cuda)
-    side = torch.cuda.Stream(cuda)
-    side.wait_stream(torch.cuda.current_stream(cuda))
-    with torch.cuda.stream(side):
-        step(logits, band, seed)
-    torch.cuda.current_stream(cuda).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(logits, band, seed)
-    for value in (7, -3):
-        seed.fill_(value)
-        logits.copy_(torch.randn(300, 64, generator=generator).to(dtype))
-        graph.replay()
-        assert_same(captured, step(logits, band, seed), f"replay with seed {value}")
+    assert_replays(logits, seed, lambda: step(logits, band, seed), generator)
 
 
 def test_graph_draws_anew(cuda: torch.device) -> None:
@@ -91,6 +98,15 @@ def test_streams(cuda: torch.device, band: Band) -> None:
         assert_same(a, b, "on two streams")
 
 
+def assert_allocations(cuda: torch.device, calls: dict[str, tuple[int, Callable[[], object]]]) -> None:
+    """Each call allocates so many tensors."""
+    for name, (outputs, call) in calls.items():
+        before = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
+        kept = call()
+        assert torch.cuda.memory_stats(cuda)["allocation.all.allocated"] - before == outputs, name
+        del kept
+
+
 @every_band
 @every_dtype
 def test_nothing_waits_and_nothing_else_is_allocated(
@@ -111,11 +127,7 @@ def test_nothing_waits_and_nothing_else_is_allocated(
         "route_probmoe": (2, lambda: ops.route_probmoe(logits, band, training=True, seed=seed)),
         "route_top_k": (2, lambda: ops.route_top_k(logits, 8)),
     }
-    for name, (outputs, call) in calls.items():
-        before = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
-        kept = call()
-        assert torch.cuda.memory_stats(cuda)["allocation.all.allocated"] - before == outputs, name
-        del kept
+    assert_allocations(cuda, calls)
 
 
 @every_dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 from probmoe_ext import ops
 from tests.contract import assert_same, needs_fma
 from tests.inputs import logit_sets
-from tests.ops.test_cuda import every_dtype, no_waiting  # noqa: F401  (a fixture)
+from tests.ops.test_cuda import assert_allocations, assert_replays, every_dtype, no_waiting  # noqa: F401  (a fixture)
 
 RAW = torch.ops.probmoe_ext
 TEMPERATURE = 0.7
@@ -51,19 +51,7 @@ def test_graph(cuda: torch.device, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(300, 64, generator=generator).to(cuda, dtype)
     seed = torch.tensor(7, device=cuda)
-    side = torch.cuda.Stream(cuda)
-    side.wait_stream(torch.cuda.current_stream(cuda))
-    with torch.cuda.stream(side):
-        step(logits, 8, seed)
-    torch.cuda.current_stream(cuda).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(logits, 8, seed)
-    for value in (7, -3):
-        seed.fill_(value)
-        logits.copy_(torch.randn(300, 64, generator=generator).to(dtype))
-        graph.replay()
-        assert_same(captured, step(logits, 8, seed), f"replay with seed {value}")
+    assert_replays(logits, seed, lambda: step(logits, 8, seed), generator)
 
 
 def test_streams(cuda: torch.device) -> None:
@@ -96,11 +84,7 @@ def test_nothing_waits_and_nothing_else_is_allocated(cuda: torch.device, dtype: 
         "relaxed_top_k": (2, lambda: RAW.relaxed_top_k(logits, seed, 8, TEMPERATURE)),
         "relaxed_top_k_backward": (1, lambda: RAW.relaxed_top_k_backward(logits, noisy, 8, TEMPERATURE)),
     }
-    for name, (outputs, call) in calls.items():
-        before = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
-        kept = call()
-        assert torch.cuda.memory_stats(cuda)["allocation.all.allocated"] - before == outputs, name
-        del kept
+    assert_allocations(cuda, calls)
 
 
 @every_dtype
