@@ -1,6 +1,6 @@
 /* Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), and how this
  * library counts: key = seed, counter = (draw / 4, row low, row high, purpose); word draw % 4 belongs to the draw.
- * Shared by C and CUDA; rows/sample.h holds the same rounds on vectors of rows. */
+ * Shared by C and CUDA; rows/philox.h holds the same rounds on vectors of rows. */
 #ifndef PROBMOE_PHILOX_H
 #define PROBMOE_PHILOX_H
 

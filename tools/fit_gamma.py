@@ -99,7 +99,7 @@ def wrap(numbers: list[float], suffix: str) -> str:
 
 def main() -> None:
     """Prints the header."""
-    print("/* Coefficients of numerics.h and rows/gamma.h, made by tools/fit_gamma.py, which says of what.")
+    print("/* Coefficients of numerics.h and gamma_numerics.h, made by tools/fit_gamma.py, which says of what.")
     print(" * No guard: see precision.h. */\n")
     print(f"#define PM_SLOPE_LOWEST ((real){LOWEST})\n#define PM_SLOPE_HIGHEST ((real){HIGHEST})\n")
     for bits, tolerance, suffix in ((32, 3e-8, "f"), (64, 4e-14, "")):

@@ -112,15 +112,6 @@ PM_ALWAYS_INLINE vreal row_sum(const vreal *x, int64_t E) {
   return sum;
 }
 
-/* log(theta) for any theta: -inf at 0, NaN below, right below the normal range too. */
-PM_ALWAYS_INLINE vreal log_of_value(vreal x) {
-  const vmask tiny = (vmask)(x < PM_REAL_TINY), positive = (vmask)(x > 0) & (vmask)(x <= PM_LARGEST);
-  const vreal scaled = select_(tiny, x * 0x1p54, x);
-  const vreal y = log_(select_(positive, scaled, splat(1))) - select_(tiny, splat(0x1.2b708872320e2p5), splat(0));
-  const vreal edge = select_((vmask)(x == 0), splat(-INFINITY), select_((vmask)(x > 0), x, splat(NAN)));
-  return select_(positive, y, edge);
-}
-
 static pm_status dirichlet_log_prob_rows(const pm_law_job *job) {
   law_block k = law_begin(job);
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {

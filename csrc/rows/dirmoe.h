@@ -7,8 +7,6 @@
 #include "dirichlet.h"
 
 #if PM_REAL_BITS == 64
-#define PM_LARGEST_GATE 1e30 /* bound of (gate logit + noise) / tau: the gate is 0 or 1 long before */
-
 typedef struct dirmoe_block {
   int64_t E;
   int k_min, k_max;
@@ -17,12 +15,6 @@ typedef struct dirmoe_block {
   vreal *ell, *alpha_hi, *alpha_lo, *noise, *log_g, *score, *q, *p, *top;
   vmask poison, infeasible;
 } dirmoe_block;
-
-/* A relaxed gate: z, 1 - z, log z; where it may move, and its logit is not at a bound. */
-typedef struct gate {
-  vreal open, closed, log_open;
-  vmask moves;
-} gate;
 
 static dirmoe_block dirmoe_begin(const pm_dirmoe_job *job) {
   const int64_t E = job->shape.experts;
@@ -57,18 +49,8 @@ static void dirmoe_load(dirmoe_block *k, int64_t row, int64_t rows) {
   }
 }
 
-PM_ALWAYS_INLINE gate relaxed_gate(const dirmoe_block *k, int64_t i) {
-  const vmask masked = (vmask)(k->ell[i] == -INFINITY);
-  const vreal logit = (select_(masked, splat(0), k->ell[i]) + k->noise[i]) / k->options.temperature;
-  const vreal y = max_(min_(logit, splat(PM_LARGEST_GATE)), splat(-PM_LARGEST_GATE));
-  const vreal e = exp_(-abs_(y)), likely = 1 / (1 + e), unlikely = e * likely;
-  const vmask positive = (vmask)(y >= 0);
-  gate at;
-  at.open = select_(masked, splat(0), select_(positive, likely, unlikely));
-  at.closed = select_(masked, splat(1), select_(positive, unlikely, likely));
-  at.log_open = select_(masked, splat(-INFINITY), min_(y, splat(0)) - log1p_(e));
-  at.moves = ~masked & (vmask)(abs_(logit) <= PM_LARGEST_GATE);
-  return at;
+PM_ALWAYS_INLINE gate gate_of(const dirmoe_block *k, int64_t i) {
+  return relaxed_gate(k->ell[i], k->noise[i], k->options.temperature);
 }
 
 PM_ALWAYS_INLINE void mix(dirmoe_block *k, int64_t i, vreal open, vreal closed) {
@@ -96,10 +78,8 @@ static vreal draw_block(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row, 
   const element_counter gamma = counter_of(job->seed, number, rows, PM_DRAW_GAMMA);
   vreal expected = splat(0);
   for (int64_t i = 0; i < k->E; ++i) {
-    vword words[4];
-    element_words(&logistic, (uint32_t)i, words);
-    k->noise[i] = log_(exponential(words[1])) - log_(exponential(words[0]));
-    const gate at = relaxed_gate(k, i);
+    k->noise[i] = logistic_noise(&logistic, (uint32_t)i);
+    const gate at = gate_of(k, i);
     mix(k, i, at.open, at.closed);
     k->log_g[i] = draw_log_gamma(k->q[i], &gamma, (uint32_t)i);
     k->score[i] = at.log_open + k->log_g[i];
@@ -245,7 +225,7 @@ static void draw_backward(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row
   load_rows(&log_g, row, rows, k->E, k->log_g);
   for (int64_t i = 0; i < k->E; ++i) {
     k->noise[i] = select_(k->poison, splat(0), k->noise[i]);
-    const gate at = relaxed_gate(k, i);
+    const gate at = gate_of(k, i);
     mix(k, i, at.open, at.closed);
     k->score[i] = select_(k->poison, splat(0), at.log_open + k->log_g[i]);
   }
@@ -258,7 +238,7 @@ static void draw_backward(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row
   }
   divergence(k->q, k->p, k->E, 1);
   for (int64_t i = 0; i < k->E; ++i) {
-    const gate at = relaxed_gate(k, i);
+    const gate at = gate_of(k, i);
     const vreal by_q = o->concentration * fma_(by_kl, k->q[i], k->log_g[i]);
     const vreal by_p = o->prior_concentration * (by_kl * k->p[i]);
     const vreal by_gate = by_q * (k->alpha_hi[i] - k->alpha_lo[i]) + by_p * (o->prior_hi - o->prior_lo) + by_expected;

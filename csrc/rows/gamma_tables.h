@@ -1,4 +1,4 @@
-/* Coefficients of numerics.h and rows/gamma.h, made by tools/fit_gamma.py, which says of what.
+/* Coefficients of numerics.h and gamma_numerics.h, made by tools/fit_gamma.py, which says of what.
  * No guard: see precision.h. */
 
 #define PM_SLOPE_LOWEST ((real) - 2.0)

@@ -12,33 +12,15 @@
 #ifndef PM_ROWS_SAMPLE_H
 #define PM_ROWS_SAMPLE_H
 
-#include "../philox.h"
+#include "philox.h"
 #include "tilt.h"
 
-/* Uniforms for draws 0..count-1 of every lane, four draws to a counter. Word l serves lane l % LANES; in double
- * precision the upper half of the words are the low parts. */
+/* Uniforms for draws 0..count-1 of every lane, four draws to a counter. */
 static void uniforms(uint64_t seed, uint64_t row, int count, uint32_t purpose, vreal *out) {
-  vword row_low, row_high, use;
-  for (int l = 0; l < WORDS; ++l) {
-    const uint64_t number = row + (uint64_t)(l % LANES);
-    row_low[l] = (uint32_t)number;
-    row_high[l] = (uint32_t)(number >> 32);
-    use[l] = purpose + (uint32_t)(l / LANES);
-  }
+  const element_counter at = counter_of(seed, row, LANES, purpose);
   for (int first = 0; first < count; first += 4) {
-    vword c[4] = {(vword){0} + (uint32_t)first / 4, row_low, row_high, use};
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < PM_PHILOX_ROUNDS; ++round) {
-      vword high0, low0, high1, low1;
-      multiply_words(c[0], PM_PHILOX_M0, &high0, &low0);
-      multiply_words(c[2], PM_PHILOX_M1, &high1, &low1);
-      c[0] = high1 ^ c[1] ^ key0;
-      c[1] = low1;
-      c[2] = high0 ^ c[3] ^ key1;
-      c[3] = low0;
-      key0 += PM_PHILOX_W0;
-      key1 += PM_PHILOX_W1;
-    }
+    vword c[4];
+    element_words(&at, (uint32_t)first / 4, c);
     for (int t = 0; t < 4 && first + t < count; ++t)
 #if PM_REAL_BITS == 32
       out[first + t] = __builtin_convertvector((vint)(c[t] >> 8), vreal) * splat(0x1p-24f); /* pm_uniform_f32 */
