@@ -15,10 +15,10 @@ inline Job job_of(const pm_shape *shape, pm_dtype dtype, const void *logits) {
 
 // run() unless there is nothing to do, or the shape is none that kernels exist for.
 template <class Run>
-pm_cuda_status checked(const pm_shape *shape, pm_dtype dtype, const Run &run) {
-  if (shape->experts < 1 || shape->experts > PM_CUDA_MAX_EXPERTS || shape->stride < shape->experts ||
-      shape->k_min < 0 || shape->k_min > shape->k_max || shape->k_max > shape->experts || shape->rows < 0 ||
-      dtype < PM_F32 || dtype > PM_F16)
+pm_cuda_status checked(const pm_shape *shape, pm_dtype dtype, const Run &run, int64_t most = PM_CUDA_MAX_EXPERTS) {
+  if (shape->experts < 1 || shape->experts > most || shape->stride < shape->experts || shape->k_min < 0 ||
+      shape->k_min > shape->k_max || shape->k_max > shape->experts || shape->rows < 0 || dtype < PM_F32 ||
+      dtype > PM_F16)
     return cudaErrorInvalidValue;
   return shape->rows == 0 ? cudaSuccess : run();
 }

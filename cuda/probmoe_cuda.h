@@ -106,6 +106,49 @@ pm_cuda_status pm_cuda_route_backward(const pm_shape *shape, pm_dtype dtype, con
                                       const void *grad_weights, pm_backward backward, int normalize, void *grad_logits,
                                       void *scratch, void *stream);
 
+/* ---- the Gamma and Dirichlet family --------------------------------------------------------------------------- */
+
+/* As the functions of csrc/probmoe.h: concentrations (the first law's) in rows of the shape's stride, all else dense,
+ * no scratch. The first three are elementwise and take up to PM_MAX_EXPERTS columns. Draws and their derivative are
+ * computed in single precision but for PM_F64, the closed forms in double precision.
+ *
+ * A draw of log g and the derivative D have the bits of a CPU with fused multiply-add, float32 and float64: the same
+ * words of Philox, the same attempts accepted, operation for operation the same arithmetic (csrc/gamma_numerics.h).
+ * Sums over a row are added in another order. */
+
+/* seed [1] on the device, out [T, E] */
+pm_cuda_status pm_cuda_log_gamma_sample(const pm_shape *shape, pm_dtype dtype, const void *concentration,
+                                        const int64_t *seed, void *out, void *stream);
+/* log_value, grad, grad_concentration [T, E] */
+pm_cuda_status pm_cuda_log_gamma_sample_backward(const pm_shape *shape, pm_dtype dtype, const void *concentration,
+                                                 const void *log_value, const void *grad, void *grad_concentration,
+                                                 void *stream);
+/* value, out [T, E] */
+pm_cuda_status pm_cuda_standard_gamma_grad(const pm_shape *shape, pm_dtype dtype, const void *concentration,
+                                           const void *value, void *out, void *stream);
+/* seed [1] on the device, out [T, E], log_total [T] */
+pm_cuda_status pm_cuda_dirichlet_sample(const pm_shape *shape, pm_dtype dtype, const void *concentration,
+                                        const int64_t *seed, void *out, void *log_total, void *stream);
+/* sample, grad, grad_concentration [T, E], log_total [T] */
+pm_cuda_status pm_cuda_dirichlet_sample_backward(const pm_shape *shape, pm_dtype dtype, const void *concentration,
+                                                 const void *sample, const void *log_total, const void *grad,
+                                                 void *grad_concentration, void *stream);
+/* out, grad [T], all else [T, E] */
+pm_cuda_status pm_cuda_dirichlet_log_prob(const pm_shape *shape, pm_dtype dtype, const void *concentration,
+                                          const void *value, void *out, void *stream);
+pm_cuda_status pm_cuda_dirichlet_log_prob_backward(const pm_shape *shape, pm_dtype dtype, const void *concentration,
+                                                   const void *value, const void *grad, void *grad_concentration,
+                                                   void *grad_value, void *stream);
+pm_cuda_status pm_cuda_dirichlet_entropy(const pm_shape *shape, pm_dtype dtype, const void *concentration, void *out,
+                                         void *stream);
+pm_cuda_status pm_cuda_dirichlet_entropy_backward(const pm_shape *shape, pm_dtype dtype, const void *concentration,
+                                                  const void *grad, void *grad_concentration, void *stream);
+pm_cuda_status pm_cuda_dirichlet_kl(const pm_shape *shape, pm_dtype dtype, const void *p_concentration,
+                                    const void *q_concentration, void *out, void *stream);
+pm_cuda_status pm_cuda_dirichlet_kl_backward(const pm_shape *shape, pm_dtype dtype, const void *p_concentration,
+                                             const void *q_concentration, const void *grad, void *grad_p, void *grad_q,
+                                             void *stream);
+
 #ifdef __cplusplus
 }
 #endif
