@@ -149,6 +149,23 @@ pm_cuda_status pm_cuda_dirichlet_kl_backward(const pm_shape *shape, pm_dtype dty
                                              const void *q_concentration, const void *grad, void *grad_p, void *grad_q,
                                              void *stream);
 
+/* ---- DirMoE routing --------------------------------------------------------------------------------------------- */
+
+/* pm_route_dirmoe in double precision. gate_logits in rows of the shape's stride, all else dense. `seed` [1] is on the
+ * device and read when training; noise and log_gamma [T, E] are float32, float64 for PM_F64, and then written, too. */
+pm_cuda_status pm_cuda_route_dirmoe(const pm_shape *shape, const pm_dirmoe *options, pm_dtype dtype,
+                                    const void *gate_logits, const void *alpha_hi, const void *alpha_lo,
+                                    const int64_t *seed, void *weights, int64_t *indices, void *kl, void *expected_k,
+                                    void *noise, void *log_gamma, void *stream);
+
+/* pm_route_dirmoe_backward */
+pm_cuda_status pm_cuda_route_dirmoe_backward(const pm_shape *shape, const pm_dirmoe *options, pm_dtype dtype,
+                                             const void *gate_logits, const void *alpha_hi, const void *alpha_lo,
+                                             const int64_t *indices, const void *noise, const void *log_gamma,
+                                             const void *grad_weights, const void *grad_kl, const void *grad_expected_k,
+                                             void *grad_gate_logits, void *grad_alpha_hi, void *grad_alpha_lo,
+                                             void *stream);
+
 #ifdef __cplusplus
 }
 #endif
