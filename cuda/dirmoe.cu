@@ -76,7 +76,8 @@ struct DirmoeRow {
   __device__ __forceinline__ void mix(const DirmoeJob &job, int i, double open, double closed, double *q,
                                       double *p) const {
     const pm_dirmoe &o = job.options;
-    q[i] = o.concentration * fma(open, alpha_hi(job, i), closed * alpha_lo(job, i));
+    // Rounded as on the CPU: fused with a sum that follows in the draw, the product would give it other bits.
+    q[i] = __dmul_rn(o.concentration, fma(open, alpha_hi(job, i), closed * alpha_lo(job, i)));
     p[i] = o.prior_concentration * fma(open, o.prior_hi, closed * o.prior_lo);
   }
   // body(slot, expert) in the lane that owns the expert, for the slots that have one.

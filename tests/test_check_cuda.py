@@ -16,6 +16,8 @@ USAGE = """
   REG:124 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[2]:32 TEXTURE:0 SURFACE:0 SAMPLER:0
  Function _ZN7probmoe13sample_kernelENS_3JobE:
   REG:72 STACK:24 SHARED:0 LOCAL:0 CONSTANT[0]:1040 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN7probmoe18closed_form_kernelILNS0_10ClosedFormE2EEEvNS_6LawJobEi:
+  REG:50 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:1040 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 SASS = """
 		Function : _ZN7probmoe15gradient_kernelILi8EEEv
@@ -26,17 +28,22 @@ SASS = """
         /*0010*/                   FFMA R8, R8, R4, R6 ;           /* 0x000000ff0aff7624 */
 		Function : _ZN7probmoe14tangent_kernelENS_3JobE
         /*0010*/                   DFMA R8, R8, R4, R6 ;           /* 0x000000ff0aff7624 */
+		Function : _ZN7probmoe23dirichlet_sample_kernelIfEEvNS_6LawJobEi
+        /*0010*/                   {instruction} ;                 /* 0x000000ff0aff7624 */
+		Function : _ZN7probmoe23dirichlet_sample_kernelIdEEvNS_6LawJobEi
+        /*0010*/                   DFMA R8, R8, R4, R6 ;           /* 0x000000ff0aff7624 */
 """
 
 
 def test_local_memory() -> None:
     assert check_cuda.local_memory(USAGE.format(stack=0)) == []
-    (found,) = check_cuda.local_memory(USAGE.format(stack=8))
-    assert "draw_kernel" in found and "8 bytes of stack" in found
+    single, double = check_cuda.local_memory(USAGE.format(stack=8))
+    assert "draw_kernel" in single and "8 bytes of stack" in single
+    assert "closed_form_kernel" in double
 
 
 def test_double_precision() -> None:
-    assert check_cuda.double_precision(SASS.format(instruction="FFMA R8, R8, R4, R6")) == (2, [])
+    assert check_cuda.double_precision(SASS.format(instruction="FFMA R8, R8, R4, R6")) == (3, [])
     for instruction in (
         "DADD R8, R8, R4",
         "@P0 DSETP.GT.AND P0, PT, R4, RZ, PT",
@@ -44,4 +51,4 @@ def test_double_precision() -> None:
         "MUFU.RCP64H R5, R7",
     ):
         _, found = check_cuda.double_precision(SASS.format(instruction=instruction))
-        assert len(found) == 1 and instruction in found[0]
+        assert len(found) == 2 and all(instruction in one for one in found)

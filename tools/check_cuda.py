@@ -18,14 +18,19 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# The single-precision kernels, and what they call, by their mangled names.
+# The single-precision kernels, and what they call, by their mangled names. The Dirichlet law's closed forms and DirMoE
+# routing are none: they are double precision for every type, as on the CPU (cuda/dirichlet.cu and dirmoe.cu say why).
 SINGLE = re.compile(
     r"draw_kernel|draw_walking|marginals_kernel|gradient_kernel|scaled_pass|mode_kernelIf"
     r"|(gumbel|plackett_luce|relaxed)_\w*kernelIf"
+    r"|(gamma_sample|gamma_backward|gamma_grad|dirichlet_sample|dirichlet_backward)_kernelIf"
 )
+# Kernels of double precision that use no local memory either.
+WIDE = re.compile(r"(gamma_\w+|dirichlet_\w+)_kernelId|closed_form_\w*kernel|dirmoe_\w*kernel")
 DOUBLE = re.compile(r"\bD(FMA|ADD|MUL|SETP|MNMX|MMA)\b|\.F64|64H\b")
 KERNELS = 2 * 3 + 2  # draw, marginals and gradient for k up to 4 and 8; mode for up to 256 and 1024 experts
 KERNELS += 2 * 5 + 1  # the Gumbel family for up to 256 and 1024 experts; gates for any
+KERNELS += 5  # the Gamma and Dirichlet family
 
 
 def find_cuobjdump() -> str:
@@ -48,11 +53,11 @@ def dump(tool: str, *arguments: str) -> str:
 
 
 def local_memory(usage: str) -> list[str]:
-    """Complaints about stack or local memory of single-precision kernels, from ``cuobjdump -res-usage``."""
+    """Complaints about stack or local memory of the kernels named above, from ``cuobjdump -res-usage``."""
     found = []
     for name, rest in re.findall(r"Function (\S+):\s*\n?\s*(REG:.*)", usage):
         used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", rest)}
-        if SINGLE.search(name) and (used["STACK"] or used["LOCAL"]):
+        if (SINGLE.search(name) or WIDE.search(name)) and (used["STACK"] or used["LOCAL"]):
             found.append(f"{name}: {used['STACK']} bytes of stack, {used['LOCAL']} of local memory")
     return found
 

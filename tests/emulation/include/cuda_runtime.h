@@ -56,6 +56,7 @@ inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
 inline long long __double_as_longlong(double x) { return bits_as<long long>(x); }
 inline double __longlong_as_double(long long x) { return bits_as<double>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
