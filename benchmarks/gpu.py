@@ -162,9 +162,65 @@ def gumbel_cases(rows: int, device: torch.device) -> list[Case]:
     ]
 
 
+# ---- the Gamma and Dirichlet family, DirMoE -------------------------------------------------------------------------
+
+
+def law_cases(rows: int, device: torch.device) -> list[Case]:
+    """The Gamma and Dirichlet family against torch's, float32; DirMoE against conventional routing, bfloat16 logits."""
+    alpha, other = (torch.rand(rows, 64, device=device) * 2 + 0.1 for _ in range(2))
+    logits = torch.randn(rows, 64, device=device).bfloat16()
+    heads = torch.full((rows, 1), 2.0, device=device), torch.full((rows, 1), 0.25, device=device)
+    seed = torch.tensor(1, device=device)
+
+    def draw(concentration: Tensor) -> Tensor:
+        return ops.dirichlet_sample(concentration, seed)
+
+    def torch_draw(concentration: Tensor) -> Tensor:
+        return torch.distributions.Dirichlet(concentration, validate_args=False).rsample()
+
+    def torch_kl() -> Tensor:
+        p, q = (torch.distributions.Dirichlet(c, validate_args=False) for c in (alpha, other))
+        return torch.distributions.kl_divergence(p, q)
+
+    def dirmoe(x: Tensor) -> Tensor:
+        numbers: dict[str, Any] = {"temperature": 0.5, "concentration": 2.0, "prior": (1.5, 2.0, 0.25)}
+        return ops.route_dirmoe(x, *heads, 8, training=True, seed=seed, **numbers)[0]
+
+    def conventional(x: Tensor) -> Tensor:
+        return torch.topk(torch.softmax(x, -1), 8, -1).values
+
+    return [
+        Case(
+            "log_gamma_sample", lambda: ops.log_gamma_sample(alpha, seed), lambda: torch._standard_gamma(alpha), "torch"
+        ),
+        Case(
+            "standard_gamma_grad",
+            lambda: ops.standard_gamma_grad(alpha, other),
+            lambda: torch._standard_gamma_grad(alpha, other),
+            "torch",
+        ),
+        Case("dirichlet_sample", lambda: draw(alpha), lambda: torch_draw(alpha), "torch", 1.0),
+        Case(
+            "dirichlet_sample, forward + backward",
+            _backward(draw, alpha),
+            _backward(torch_draw, alpha),
+            "torch, forward + backward",
+            1.0,
+        ),
+        Case("dirichlet_kl", lambda: ops.dirichlet_kl(alpha, other), torch_kl, "torch"),
+        Case("route_dirmoe", lambda: dirmoe(logits), lambda: conventional(logits), "softmax + topk"),
+        Case(
+            "route_dirmoe, forward + backward",
+            _backward(dirmoe, logits),
+            _backward(conventional, logits),
+            "softmax + topk, forward + backward",
+        ),
+    ]
+
+
 def cases_of(rows: int, device: torch.device) -> list[Case]:
     """All operators'."""
-    return [*routing_cases(rows, device), *gumbel_cases(rows, device)]
+    return [*routing_cases(rows, device), *gumbel_cases(rows, device), *law_cases(rows, device)]
 
 
 # ---- a whole layer --------------------------------------------------------------------------------------------------
@@ -306,7 +362,7 @@ def graphed(run: Run, device: torch.device) -> Run:
     return graph.replay
 
 
-def routing_results(rows: int, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+def operator_results(rows: int, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """One line a case and way of running."""
     results = []
     for case in cases_of(rows, device):
@@ -336,7 +392,7 @@ def routing_results(rows: int, device: torch.device, seconds: float) -> list[dic
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = ["| what | how | µs | peer | peer µs | ratio | target |", "|---|---|---|---|---|---|---|"]
-    for r in results["routing"]:
+    for r in results["operators"]:
         limits = [f"≤ {r['target']}×" if r["target"] else "", f"≤ {r['target_us']} µs" if r["target_us"] else ""]
         wanted = ", ".join(filter(None, limits)) + ("" if r["met"] else " **missed**")
         cells = (
@@ -389,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"machine": machine()}
     if device.type == "cuda":
         results["machine"]["device"] = torch.cuda.get_device_name(device)
-    results["routing"] = routing_results(options.rows, device, options.seconds)
+    results["operators"] = operator_results(options.rows, device, options.seconds)
     results["layer"] = layer_results(options.rows, options.hidden, options.width, device, options.seconds)
     print(table(results))
     if options.json:

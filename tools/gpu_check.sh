@@ -69,7 +69,8 @@ fi
 
 begin 'profile'
 if ((dry)) || command -v ncu >/dev/null; then
-  for case in route_probmoe route_probmoe_backward route_top_k gumbel_top_k relaxed_top_k relaxed_top_k_backward; do
+  for case in route_probmoe route_probmoe_backward route_top_k gumbel_top_k relaxed_top_k relaxed_top_k_backward \
+    dirichlet_sample route_dirmoe; do
     # What binds: issue slots, memory, or neither (latency); registers and spills beside it.
     try ncu --kernel-name-base mangled --kernel-name 'regex:probmoe' --launch-skip 3 --launch-count 1 \
       --metrics "$(tr -d ' \n' <<<'

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from probmoe_ext import ops
-from tests.contract import assert_same
-from tests.ops.test_cuda import every_dtype, no_waiting  # noqa: F401  (a fixture)
+from tests.contract import assert_same, needs_fma
+from tests.ops.test_cuda import assert_allocations, assert_replays, every_dtype, no_waiting  # noqa: F401  (a fixture)
 from tests.ops.test_gamma import SLOPE, TOLERANCE
 
 NUMBERS = {"temperature": 0.5, "concentration": 2.0, "prior": (1.5, 2.0, 0.25)}
@@ -35,48 +35,28 @@ def step(logits: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
 @every_dtype
 def test_graph(cuda: torch.device, dtype: torch.dtype) -> None:
     """A captured step replays on new numbers and with a new seed, which is read on the device."""
-    generator = torch.Generator().manual_seed(1)
+    generator, seed = torch.Generator().manual_seed(1), torch.tensor(7, device=cuda)
     logits = torch.randn(300, 64, generator=generator).to(cuda, dtype)
-    seed = torch.tensor(7, device=cuda)
-    side = torch.cuda.Stream(cuda)
-    side.wait_stream(torch.cuda.current_stream(cuda))
-    with torch.cuda.stream(side):
-        step(logits, seed)
-    torch.cuda.current_stream(cuda).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(logits, seed)
-    for value in (7, -3):
-        seed.fill_(value)
-        logits.copy_(torch.randn(300, 64, generator=generator).to(dtype))
-        graph.replay()
-        assert_same(captured, step(logits, seed), f"replay with seed {value}")
+    assert_replays(logits, seed, lambda: step(logits, seed), generator)
 
 
 def test_streams(cuda: torch.device) -> None:
     """Two streams at once: the bits of one after the other."""
-    rows = [torch.randn(4096, 64, device=cuda) for _ in range(2)]
-    seed = torch.tensor(5, device=cuda)
+    rows, seed = [torch.randn(4096, 64, device=cuda) for _ in range(2)], torch.tensor(5, device=cuda)
     want = [step(logits, seed) for logits in rows]
     torch.cuda.synchronize(cuda)
-    streams = [torch.cuda.Stream(cuda) for _ in rows]
-    got: list[tuple[Tensor, ...]] = []
-    for _ in range(10):
-        got = []
-        for stream, logits in zip(streams, rows, strict=True):
-            with torch.cuda.stream(stream):
-                got.append(step(logits, seed))
+    streams, got = [torch.cuda.Stream(cuda) for _ in rows], []
+    for stream, logits in zip(streams, rows, strict=True):
+        with torch.cuda.stream(stream):
+            got.append(step(logits, seed))
     torch.cuda.synchronize(cuda)
     for a, b in zip(got, want, strict=True):
         assert_same(a, b, "on two streams")
 
 
 @both_precisions
-def test_nothing_waits_and_nothing_else_is_allocated(
-    cuda: torch.device,
-    no_waiting: None,  # noqa: F811
-    dtype: torch.dtype,
-) -> None:
+@pytest.mark.usefixtures("no_waiting")
+def test_nothing_waits_and_nothing_else_is_allocated(cuda: torch.device, dtype: torch.dtype) -> None:
     logits, hi, lo = (torch.rand(64, 64, device=cuda).to(dtype) + 0.5 for _ in range(3))
     seed = torch.full((), 3, dtype=torch.int64, device=cuda)
     calls: dict[str, tuple[int, Callable[[], object]]] = {
@@ -93,13 +73,10 @@ def test_nothing_waits_and_nothing_else_is_allocated(
             ),
         ),
     }
-    for name, (outputs, call) in calls.items():
-        before = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
-        kept = call()
-        assert torch.cuda.memory_stats(cuda)["allocation.all.allocated"] - before == outputs, name
-        del kept
+    assert_allocations(cuda, calls)
 
 
+@needs_fma
 @both_precisions
 def test_bits_are_the_cpus(cuda: torch.device, dtype: torch.dtype) -> None:
     """Draws of log g and their derivative over twelve decades of concentrations."""
