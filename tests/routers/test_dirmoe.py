@@ -238,6 +238,14 @@ def test_given_experts_have_the_weights_that_they_were_chosen_with(k: Any, norma
         assert_near(weights.sum(-1), torch.ones(T), 1e-6, "sum")
 
 
+def test_the_penalty_of_the_mean() -> None:
+    router = router_of(8, 2, sparsity_of="mean", kl_weight=0.0, sparsity_weight=0.7)
+    router(torch.randn(T, H), torch.randn(T, 8))
+    assert aux_losses(router)["sparsity"].item() == pytest.approx(0.7 * (router.open_gates.item() - 2) ** 2, rel=1e-5)
+    with pytest.raises(ValueError, match="sparsity_of of router 'dirmoe' must be one of token, mean"):
+        router_of(8, 2, sparsity_of="batch")
+
+
 def test_evaluation_takes_the_largest_gates() -> None:
     router = router_of(8, 3).eval()
     logits = torch.randn(T, 8)
