@@ -80,16 +80,16 @@ class ExpertChoiceRouter(Router):
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         mask = self.token_mask
         affinity = torch.softmax(wide, dim=-1)
-        if mask is None:
-            capacity: int | torch.Tensor = math.ceil(len(logits) * self.k_max / self.num_experts)
-        else:
+        room = math.ceil(len(logits) * self.k_max / self.num_experts)
+        capacity: int | torch.Tensor = room
+        if mask is not None:
             affinity = torch.where(mask.unsqueeze(-1), affinity, -1)
+            # At most that room; how much of it only the device knows.
             capacity = (mask.sum() * self.k_max + self.num_experts - 1) // self.num_experts
-        # The place of each token in the order of each expert, so that the capacity may be known to the device alone.
-        order = affinity.argsort(dim=0, descending=True, stable=True)
-        places = torch.arange(len(logits), device=logits.device).unsqueeze(-1).expand_as(order)
+        best = affinity.T.contiguous().topk(room).indices
+        within = (torch.arange(room, device=logits.device) < capacity).expand_as(best)
         # What is masked for a token is not chosen, even if an expert has room; nor is padding.
-        taken = (torch.empty_like(order).scatter(0, order, places) < capacity) & (affinity > 0)
+        taken = torch.zeros_like(affinity.T, dtype=torch.bool).scatter(-1, best, within).T & (affinity > 0)
         indices = torch.where(taken, torch.arange(self.num_experts, device=logits.device), self.num_experts)
         return self.weights_for(hidden_states, logits, indices), indices
 
