@@ -32,8 +32,8 @@ BETWEEN = re.compile(r"(<!-- routers: table -->\n).*?(<!-- routers: end -->)", r
 EXPERTS, K, HIDDEN, INNER = 64, 8, 256, 128
 """Of the layer that is measured."""
 LENGTH, VOCABULARY = 128, 50304
-K_OF: dict[str, Any] = {"switch": 1, "da_moe": (4, 12)}
-"""Experts per token of routers that do not take one number above 1."""
+K_OF: dict[str, Any] = {"switch": 1, "da_moe": (4, 12), "lory": EXPERTS, "top_p": (1, EXPERTS)}
+"""Experts per token of routers that do not take 8."""
 PAPER = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 NAME = r"[A-Z][\w'’-]+"
 AUTHORS = re.compile(rf'({NAME}(?:, {NAME})*(?: et al\.| (?:&|and) {NAME})?)(?:, "[^"]*",)? (\d{{4}})')

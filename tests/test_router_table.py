@@ -30,7 +30,7 @@ def test_the_table_has_every_router_as_it_is() -> None:
 
 @pytest.mark.parametrize("name", every_router())
 def test_it_measures_every_router(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routers, "K_OF", {"switch": 1, "da_moe": (1, 2)})
+    monkeypatch.setattr(routers, "K_OF", {"switch": 1, "da_moe": (1, 2), "lory": 8, "top_p": (1, 8)})
     measured = routers.measure(name, 16, 0.0, SMALL)
     assert all(value > 0 for value in measured.values())
     assert 0 < measured["evaluation"] <= 8
