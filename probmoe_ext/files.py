@@ -14,15 +14,20 @@ from probmoe_ext.train.errors import UsageError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file that readers see either as it was or whole, also after a crash or on a full disk.
+    """Write a UTF-8 file; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that readers see either as it was or whole, also after a crash or on a full disk.
 
     Raises:
         OSError: it cannot be written; nothing is left beside it then.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with _named(path), unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with _named(path), unfinished.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
