@@ -1,12 +1,14 @@
-"""A comparison with invented numbers and hostile texts."""
+"""A comparison with invented numbers and hostile texts, and the report on it, made once."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from probmoe_ext.report.study import Study, read_study
+from probmoe_ext.report.write import Report, write_report
 from tests.report.synthetic import HOSTILE, write_comparison
 
 
@@ -21,3 +23,16 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(comparison: Path) -> Study:
     """The comparison, read."""
     return read_study([comparison])
+
+
+@pytest.fixture(scope="session")
+def report(comparison: Path) -> Report:
+    """The report on some of its runs: those of four routers and an ablation."""
+    path = comparison / "compare.json"
+    content = json.loads(path.read_text())
+    some = ("topk", "densemixer", "probmoe-exact", "probmoe-dynamic", "sample-ste")
+    fewer = comparison.parent / "fewer"
+    fewer.mkdir()
+    runs = [{**run, "folder": str(comparison / run["folder"])} for run in content["runs"] if run["label"] in some]
+    (fewer / "compare.json").write_text(json.dumps({**content, "runs": runs}))
+    return write_report([fewer], comparison.parent / "report")
