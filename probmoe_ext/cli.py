@@ -21,17 +21,19 @@ from probmoe_ext.commands import (
     demo,
     doctor,
     eval,
+    report,
     train,
 )
 from probmoe_ext.train.errors import UsageError
 
-MISSING_PACKAGES = "probmoe train, eval and demo need more packages: pip install 'probmoe_ext[train]'"
+MISSING_PACKAGES = "It needs more packages: pip install 'probmoe_ext[{}]'"
 
 EXAMPLES = """\
 examples:
   probmoe demo
   probmoe train --model tiny-olmoe --router probmoe --k 2,4 --data path/to/gsm8k --max-steps 50
   probmoe eval --model runs/tiny-olmoe-probmoe-k2-4 --limit 32
+  probmoe report runs/tiny-olmoe-probmoe-k2-4 runs/tiny-olmoe-topk
   probmoe doctor
 """
 
@@ -56,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         train,
         eval,
         compare,
+        report,
         demo,
         doctor,
     ):
@@ -85,11 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as error:
             return _stop(1, options, " ".join(["interrupted", *map(str, error.args)]), options.go_on())
         except ModuleNotFoundError as error:
-            needed = ("accelerate", "datasets", "tokenizers", "transformers", "yaml")
+            needed = {"accelerate", "datasets", "tokenizers", "transformers", "yaml"}
+            needed |= {"jinja2", "matplotlib", "numpy", "scipy"}
             missing = (error.name or "").split(".")[0]
             if missing not in needed:
                 raise
-            return _stop(1, options, f"no module named {missing!r}. {MISSING_PACKAGES}")
+            extra = "report" if options.command == "report" else "train"
+            return _stop(1, options, f"no module named {missing!r}. {MISSING_PACKAGES.format(extra)}")
         except Exception as error:
             reason = _outside_reason(error)
             if reason is not None:
