@@ -6,13 +6,12 @@ Imports neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from probmoe_ext.train.errors import UsageError
+from probmoe_ext.train.errors import UsageError, nearest
 from probmoe_ext.train.options import EvalConfig, TrainConfig, load_config, parse_k, read_mapping
 
 COMPARE_FILE = "compare.json"
@@ -230,9 +229,8 @@ def _reserved(settings: dict[str, Any], place: str) -> None:
 def _known(mapping: dict[str, Any], known: tuple[str, ...], place: str) -> None:
     for key in mapping:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise UsageError(f"unknown key {key!r} in {place}; {hint}")
+            hint = nearest(key, known) or f"; known: {', '.join(known)}"
+            raise UsageError(f"unknown key {key!r} in {place}{hint}")
 
 
 def _resolved(made: Comparison) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from probmoe_ext.files import read_json
 from probmoe_ext.routers import make_router, router_options
 from probmoe_ext.train.comparison import COMPARE_FILE, Comparison, Run
 from probmoe_ext.train.data import load_examples
-from probmoe_ext.train.errors import UsageError
+from probmoe_ext.train.errors import UsageError, nearest
 from probmoe_ext.train.finetune import CONFIG_FILE, accumulation_of
 from probmoe_ext.train.models import check_model, check_router, experts_of, load_config_of
 from probmoe_ext.train.options import TrainConfig
@@ -69,9 +68,8 @@ def chosen_runs(comparison: Comparison, only: Sequence[str], seeds: Sequence[int
     labels = [one.label for one in comparison.contestants]
     for label in only:
         if label not in labels:
-            close = difflib.get_close_matches(label, labels, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(labels)}"
-            raise UsageError(f"--only {label!r} is no label of the file; {hint}")
+            hint = nearest(label, labels) or f"; known: {', '.join(labels)}"
+            raise UsageError(f"--only {label!r} is no label of the file{hint}")
     for seed in seeds:
         if seed not in comparison.seeds:
             raise UsageError(f"--seeds {seed} is not among {', '.join(map(str, comparison.seeds))}; add it to the file")
