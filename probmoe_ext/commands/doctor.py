@@ -73,7 +73,7 @@ def _describe(found: dict[str, Any]) -> Iterator[str]:
     if extension["note"] is not None:
         yield f"extension       {extension['note']}"
     else:
-        yield f"extension       {extension['compiler']}, built with torch {extension['built_with_torch']}"
+        yield f"extension       built with torch {extension['built_with_torch']}, compiler {extension['compiler']}"
         yield f"instructions    {extension['instruction_set']}"
         built = extension["cuda_note"] or f"CUDA {extension['cuda']} for {extension['cuda_architectures']}"
         yield f"CUDA kernels    {built}"
