@@ -3,8 +3,9 @@
 ``python -m benchmarks.gsm_comparison.record runs/gsm-comparison benchmarks/gsm_comparison/recorded``
 
 The copy has the layout of the original and is read by ``probmoe report`` like it. Left out are weights and tokenizers,
-the texts of prompts and outputs (which problems were solved stays), the routing of single layers in training, the
-frequencies of tokens where every token has the same number of experts, and the single decisions but for the first seed.
+the texts of prompts and outputs (which problems were solved stays), the routing of single layers in training and four
+in five lines of its means, the frequencies of tokens where every token has the same number of experts, and the single
+decisions but for the first seed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from probmoe_ext.files import read_json, read_lines, write_text
 from probmoe_ext.train.analysis import rounded
 
 WHOLE = ("train_config.json", "summary.json", "cost.json", "done.json", "eval/scores.json")
+THINNED = 5
+"""Of the routing in training every so-manieth line is kept."""
 OF_A_LOG = ("step", "seconds", "loss", "grad_norm", "learning_rate", "step_seconds")
 
 
@@ -49,9 +52,7 @@ def _copy_run(run: Path, copy: Path, decisions: bool) -> None:
     for name in WHOLE:
         _write(copy / name, read_json(run / name))
     _write_lines(run / "metrics.jsonl", copy / "metrics.jsonl", _log)
-    _write_lines(
-        run / "routing.jsonl", copy / "routing.jsonl", lambda line: {key: line[key] for key in ("step", "mean")}
-    )
+    _write_lines(run / "routing.jsonl", copy / "routing.jsonl", _means, every=THINNED)
     for samples in sorted((run / "eval").glob("samples-*.jsonl")):
         _write_lines(samples, copy / "eval" / samples.name, _mark)
     analysis = read_json(run / "analysis.json")
@@ -59,6 +60,10 @@ def _copy_run(run: Path, copy: Path, decisions: bool) -> None:
     _write(copy / "analysis.json", {**analysis, "tokens": [] if same else analysis["tokens"]})
     if decisions:
         _write(copy / "decisions.json", read_json(run / "decisions.json"))
+
+
+def _means(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: line[key] for key in ("step", "mean")}
 
 
 def _log(line: dict[str, Any]) -> dict[str, Any] | None:
@@ -70,8 +75,11 @@ def _mark(line: dict[str, Any]) -> dict[str, Any]:
     return {"index": line["index"], "scores": marks}
 
 
-def _write_lines(source: Path, target: Path, part: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-    kept: Iterable[dict[str, Any]] = [one for line in read_lines(source) if (one := part(line)) is not None]
+def _write_lines(
+    source: Path, target: Path, part: Callable[[dict[str, Any]], dict[str, Any] | None], every: int = 1
+) -> None:
+    lines = read_lines(source)[every - 1 :: every]
+    kept: Iterable[dict[str, Any]] = [one for line in lines if (one := part(line)) is not None]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, "".join(_compact(line) + "\n" for line in kept))
 
