@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import peers, report, run
+from benchmarks import full_size, peers, report, run
 from benchmarks.measure import alternate, measure, summary
 from benchmarks.registry import BENCHMARKS, Benchmark, Case
 from probmoe_ext import ops
@@ -166,3 +166,17 @@ def test_plot(tmp_path: Path) -> None:
     plot.cost(document, two)
     assert one.read_bytes() == two.read_bytes()
     assert "softmax + topk" in one.read_text() and "log-space" not in one.read_text()
+
+
+def test_a_whole_model_trains_by_each_router_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--layers 2 --hidden 64 --width 32 --experts 8 --k 4 --rows 2 --length 16 --rounds 2"
+    assert full_size.main(["--device", "cpu", *sizes.split(), "--json", str(tmp_path / "results.json")]) == 0
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))["routers"]
+    assert [one["router"] for one in found] == ["top-k", "ProbMoE exact", "ProbMoE dynamic"]
+    assert [one["experts_per_token"] for one in found[:2]] == [4, 4]
+    assert 3 <= found[2]["experts_per_token"] < 4
+    assert found[0]["step_ratio"] == 1
+    for one in found:
+        assert one["tokens_per_second"] == pytest.approx(32 / one["step_seconds"])
+        assert one["peak_memory_bytes"] is None
+    assert capsys.readouterr().out.count("\n") == 5

@@ -67,6 +67,14 @@ else
   try "$PYTHON" -m benchmarks.gpu --json "$results"
 fi
 
+begin 'a whole model'
+if ((dry)); then
+  "$PYTHON" -m benchmarks.full_size --device cpu --layers 2 --hidden 64 --width 32 --experts 8 --k 4 --rows 2 --length 32 \
+    --rounds 1
+else
+  try "$PYTHON" -m benchmarks.full_size --json "${results%.json}-full-size.json"
+fi
+
 begin 'profile'
 if ((dry)) || command -v ncu >/dev/null; then
   for case in route_probmoe route_probmoe_backward route_top_k gumbel_top_k relaxed_top_k relaxed_top_k_backward \
