@@ -11,7 +11,7 @@ from scipy import stats
 from probmoe_ext.report.chart import Cell, Chart, Item, Missing, Table, spread, unrecorded
 from probmoe_ext.report.shapes import band_line, by_layer, layer_lines
 from probmoe_ext.report.study import Group, Study
-from probmoe_ext.report.style import LIGHT, house_style, legend, look, panels, whole_ticks
+from probmoe_ext.report.style import LIGHT, house_style, legend, log_axis, look, panels, whole_ticks
 from probmoe_ext.train.significance import Interval
 
 FEW = 8
@@ -119,8 +119,7 @@ def frequency(study: Study) -> Item:
                 for words, some in (("fewest", order[:FEW]), ("most", order[: -FEW - 1 : -1]))
                 for token in some
             ]
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        log_axis(axes, "x")
         axes.set_xlabel("occurrences of the token in the held-out problems")
         axes.set_ylabel("mean experts a token")
         legend(figure, axes)

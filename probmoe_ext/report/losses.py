@@ -9,7 +9,7 @@ from probmoe_ext.report.runs import Run
 from probmoe_ext.report.scores import height
 from probmoe_ext.report.shapes import band_line, dot_rows
 from probmoe_ext.report.study import Group, Study
-from probmoe_ext.report.style import house_style, legend, panels
+from probmoe_ext.report.style import house_style, legend, log_axis, panels
 from probmoe_ext.train.significance import Interval, mean_interval
 
 POINTS = 120
@@ -58,7 +58,7 @@ def training_loss(study: Study) -> Item:
                 rows.append([group.title, steps[place], one.mean, one.low, one.high, one.count])
         means = [one.mean for one in drawn]
         if min(means) > 0 and max(means) / min(means) > 12:
-            axes.set_yscale("log")
+            log_axis(axes, "y")
         for panel, words in ((axes, "All steps"), (end, "The second half")):
             panel.set_xlabel("step")
             panel.set_title(words)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from probmoe_ext.report.style import DARK, LIGHT
+from probmoe_ext.report.style import DARK, LIGHT, house_style, log_axis, panels
 
 # Machado, Oliveira and Fernandes 2009, severity 1.
 VISION = {
@@ -53,3 +53,15 @@ def test_series_stay_apart(roles: dict[str, str], vision: str) -> None:
 def test_roles_are_told_by_their_colour() -> None:
     assert len(set(LIGHT.values())) == len(LIGHT)
     assert set(DARK) == set(LIGHT)
+
+
+def test_labels_of_a_logarithmic_axis_are_numbers() -> None:
+    with house_style():
+        figure, (axes,) = panels(1, (3, 2))
+        axes.plot([20, 3000], [0.04, 5])
+        log_axis(axes, "x")
+        log_axis(axes, "y")
+        figure.draw_without_rendering()
+    assert [label.get_text() for label in axes.get_xticklabels()][1:-1] == ["100", "1000"]
+    assert "0.1" in [label.get_text() for label in axes.get_yticklabels()]
+    assert not any(label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_minorticklabels())
