@@ -12,9 +12,8 @@ from torch.distributions.kl import register_kl
 from torch.distributions.utils import lazy_property
 
 from .. import ops
-from ..ops.arguments import FLOAT_TYPES, Cardinality, apply_mask, check_band
+from ..ops.arguments import FLOAT_TYPES, Cardinality, apply_mask, check_band, single
 from ..ops.subset import k_hot
-from ..ops.subset_derived import HALF_TYPES
 from .constraints import KHot, LogOdds, OddsProbability
 
 MAX_ENUMERATED = 16
@@ -114,7 +113,7 @@ class ConditionalBernoulli(Distribution):
     @lazy_property
     def logits(self) -> Tensor:
         """Log-odds ``[..., E]`` before conditioning; -inf for masked experts."""
-        probs = self._single(self.probs)
+        probs = single(self.probs)
         possible = probs > 0
         # Where nothing is possible, a stand-in keeps 0 * inf out of the gradient.
         inside = torch.where(possible, probs, 0.5)
@@ -148,10 +147,10 @@ class ConditionalBernoulli(Distribution):
     @property
     def covariance_matrix(self) -> Tensor:
         """``P(i, j in S) - m_i m_j``, ``[..., E, E]``; to absolute precision. O(E^2 k_max)."""
-        single = self._single(self.logits)
-        m = ops.subset_marginals(single, self.k)
+        wide = single(self.logits)
+        m = ops.subset_marginals(wide, self.k)
         own = torch.eye(m.shape[-1], dtype=torch.bool, device=m.device)
-        apart = ops.subset_pairwise(single, self.k) - m.unsqueeze(-1) * m.unsqueeze(-2)
+        apart = ops.subset_pairwise(wide, self.k) - m.unsqueeze(-1) * m.unsqueeze(-2)
         return torch.where(own, self._variance().unsqueeze(-1), apart).to(self.logits.dtype)
 
     @property
@@ -223,11 +222,8 @@ class ConditionalBernoulli(Distribution):
     def __repr__(self) -> str:
         return super().__repr__().replace("(", f"(k: {self.k}, ", 1)
 
-    def _single(self, value: Tensor) -> Tensor:
-        return value.float() if value.dtype in HALF_TYPES else value
-
     def _variance(self) -> Tensor:
-        m = ops.subset_marginals(self._single(self.logits), self.k)
+        m = ops.subset_marginals(single(self.logits), self.k)
         return m * (1 - m)
 
     def _vectors(self, indices: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.kl import register_kl
 
 from .. import ops
+from ..ops.arguments import single
 from ..ops.gumbel import check_size
-from ..ops.subset_derived import HALF_TYPES
 from .conditional_bernoulli import check_parameter
 from .constraints import LogOdds, OrderedChoice
 
@@ -127,7 +127,7 @@ class PlackettLuce(Distribution):
         return super().__repr__().replace("(", f"(k: {self.k}, ", 1)
 
     def _wide(self) -> Tensor:
-        return self.logits.float() if self.logits.dtype in HALF_TYPES else self.logits
+        return single(self.logits)
 
     def _narrow(self, value: Tensor) -> Tensor:
         return value.to(self.logits.dtype)

@@ -13,8 +13,14 @@ from .streams import spread_seed
 
 Cardinality: TypeAlias = "int | tuple[int, int]"
 
-FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF_TYPES = (torch.bfloat16, torch.float16)
+FLOAT_TYPES = (torch.float32, torch.float64, *HALF_TYPES)
 DEVICES = ("cpu", "cuda", "meta")
+
+
+def single(value: Tensor) -> Tensor:
+    """Half precision as float32: what comes between the argument and the result must not be rounded to it."""
+    return value.float() if value.dtype in HALF_TYPES else value
 
 
 def nothing_watches(tensor: Tensor) -> bool:

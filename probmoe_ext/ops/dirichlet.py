@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference  # noqa: F401  (_C registers the operators)
-from .arguments import check_like, check_logits, make_seed
-from .gamma import single
+from .arguments import check_like, check_logits, make_seed, single
 from .registration import refuse_derivative, register
 
 # ---- draws --------------------------------------------------------------------------------------------------------

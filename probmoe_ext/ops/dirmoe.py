@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the operators)
-from .arguments import FLOAT_TYPES, Cardinality, check_band, check_logits, launch, make_seed
-from .gamma import single
+from .arguments import FLOAT_TYPES, Cardinality, check_band, check_logits, launch, make_seed, single
 from .registration import refuse_derivative, register
 
 

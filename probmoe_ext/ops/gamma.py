@@ -8,19 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the operators)
-from .arguments import check_like, check_logits, make_seed
+from .arguments import check_like, check_logits, make_seed, single
 from .registration import refuse_derivative, register
-
-HALF_TYPES = (torch.bfloat16, torch.float16)
-
-
-def single(concentration: Tensor) -> Tensor:
-    """Half precision as float32, so that the derivative sees the draw before it was rounded."""
-    return concentration.float() if concentration.dtype in HALF_TYPES else concentration
 
 
 def _save_draw(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference  # noqa: F401  (_C registers the operators)
-from .arguments import check_band, check_indices, check_logits, launch, make_seed
+from .arguments import HALF_TYPES, check_band, check_indices, check_logits, launch, make_seed
 from .registration import refuse_derivative, register
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-6, 1e6
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def check_size(k: int, num_experts: int) -> None:

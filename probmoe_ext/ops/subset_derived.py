@@ -13,15 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import Cardinality, apply_mask, check_band, check_like, check_logits
+from .arguments import Cardinality, apply_mask, check_band, check_like, check_logits, single
 from .subset import k_hot, subset_log_prob, subset_marginals, subset_mode, subset_sample
-
-HALF_TYPES = (torch.bfloat16, torch.float16)
-
-
-def _single(logits: Tensor) -> Tensor:
-    """Half precision as float32: intermediate results must not be rounded to it."""
-    return logits.float() if logits.dtype in HALF_TYPES else logits
 
 
 def subset_pairwise(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
@@ -47,12 +40,12 @@ def subset_pairwise(logits: Tensor, k: Cardinality, *, mask: Tensor | None = Non
     check_logits(logits)
     logits = apply_mask(logits, mask)
     k_min, k_max = check_band(k, logits.shape[-1])
-    single = _single(logits)
-    marginals = subset_marginals(single, (k_min, k_max)).unsqueeze(-1)
+    wide = single(logits)
+    marginals = subset_marginals(wide, (k_min, k_max)).unsqueeze(-1)
     if k_max == 0:
         return (marginals * marginals.transpose(-1, -2)).to(logits.dtype)
     own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    others = single.unsqueeze(-2).masked_fill(own, -torch.inf)
+    others = wide.unsqueeze(-2).masked_fill(own, -torch.inf)
     half = 0.5 * marginals * subset_marginals(others, (max(k_min - 1, 0), k_max - 1))
     # The triangles are equal up to rounding; their mean is symmetric to the last bit.
     return torch.where(own, marginals, half + half.transpose(-1, -2)).to(logits.dtype)
@@ -109,7 +102,7 @@ def subset_kl(p_logits: Tensor, q_logits: Tensor, k: Cardinality, *, mask: Tenso
     if k_max > 0:
         impossible = (~masked_p & masked_q).any(-1) & ~value.isnan()
         value = torch.where(impossible, torch.inf, value)
-    return value.to(_single(p_logits).dtype).to(p_logits.dtype)
+    return value.to(single(p_logits).dtype).to(p_logits.dtype)
 
 
 def subset_indicator(
