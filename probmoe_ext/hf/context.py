@@ -16,6 +16,8 @@ from probmoe_ext.routers.context import ATTENTION, BATCH_SHAPE, PREVIOUS_LOGITS,
 
 ON_GATE, ON_ROUTER = "probmoe_batch", "batch"
 """The attributes that hold the cell of the batch."""
+CACHES = ("past_key_values", "cache")
+"""What a model calls the keys and values of earlier tokens; the second since transformers 5.24."""
 
 
 class BatchCarrier:
@@ -50,7 +52,8 @@ class BatchCarrier:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and shape is not None:
             # With a cache the mask covers what came before, too.
             flat = mask[:, mask.shape[1] - shape[1] :].flatten().bool()
-        continues = self.asked and _continues(kwargs.get("past_key_values"), mask, shape)
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        continues = self.asked and _continues(cache, mask, shape)
         for cell in self.cells:
             cell.token_ids, cell.shape, cell.continues = ids, shape, continues
             if not cell.given:
