@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from probmoe_ext.files import write_json, write_text
 from probmoe_ext.train.evaluate import Result, evaluate
 from probmoe_ext.train.finetune import Summary, finetune
+from probmoe_ext.train.machine import machine, versions
 from probmoe_ext.train.models import Routing
 from probmoe_ext.train.options import EvalConfig, TrainConfig
 from probmoe_ext.train.tables import markdown_table, number, percent
@@ -166,9 +165,9 @@ def _report(rows: list[tuple[str, Summary, Result]], budget: Budget, seed: int, 
 
 
 def _machine() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{cores} {platform.machine()} cores (one thread used), {versions}"
+    found = versions()
+    packages = f"torch {found['torch']}, transformers {found['transformers']}"
+    return f"{machine()['cores']} {platform.machine()} cores (one thread used), {packages}"
 
 
 def _record(rows: list[tuple[str, Summary, Result]], budget: Budget, seed: int, seconds: float) -> dict[str, Any]:
