@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probmoe_ext.hf.layers import shape_of
+from probmoe_ext.ops.arguments import single
 
 NAME = "probmoe_grouped_mm"
 
@@ -80,7 +81,7 @@ def grouped_experts_forward(
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
     rows = rows * top_k_weights.reshape(-1)[slot].unsqueeze(-1)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = single(rows)
     if compact:
         result = rows.new_zeros(tokens, rows.shape[-1]).index_add(0, token, rows)
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from probmoe_ext.ops import route_top_k
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.losses import loads_and_probabilities
 from probmoe_ext.routers.topk import chosen, weights_at
@@ -70,7 +71,7 @@ class AdaMoERouter(Router):
 
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route ``[T, E]`` logits and hidden states ``[T, H]`` to weights and indices ``[T, k]``, null experts last."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         null = self.null(hidden_states.to(self.null.weight.dtype)).to(wide.dtype)
         everything = torch.cat((wide, null), dim=-1)
         _, slots = route_top_k(everything.detach(), self.k_max)
@@ -94,5 +95,5 @@ class AdaMoERouter(Router):
     ) -> torch.Tensor:
         """The softmax probabilities of given experts ``[T, K]``, divided by their sum."""
         # Divided by the same sum, a softmax over the real experts alone gives the same weights, and underflows less.
-        dense = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        dense = torch.softmax(single(logits), dim=-1)
         return weights_at(indices, dense * chosen(indices, self.num_experts, dense.dtype), True).to(logits.dtype)

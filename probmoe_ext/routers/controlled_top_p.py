@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, register_router
 from probmoe_ext.routers.target import TargetRouter
 from probmoe_ext.routers.top_p import check_weights, join_losses, smallest_sets
@@ -107,7 +108,7 @@ class ControlledTopPRouter(TargetRouter):
 
     def standardized(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits ``[T, E]`` that the probabilities are of, in float32 (float64 for such logits)."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         allowed = wide > -torch.inf
         count = allowed.sum(-1, keepdim=True).clamp(min=1)
         wide = torch.where(allowed, wide, 0)

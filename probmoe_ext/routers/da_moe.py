@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from probmoe_ext.ops import route_top_k
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.topk import probabilities_at
 
@@ -47,7 +48,7 @@ class DAMoERouter(Router):
 
     def importance(self, attention: torch.Tensor) -> torch.Tensor:
         """``I``, ``[batch * length]`` in float32 or wider, of attention weights ``[batch, heads, length, keys]``."""
-        attention = attention.detach().to(torch.promote_types(attention.dtype, torch.float32)).mean(1)
+        attention = single(attention.detach()).mean(1)
         attended = attention > 0
         relative = attention * attended.sum(-1, keepdim=True)
         length, keys = attention.shape[1:]

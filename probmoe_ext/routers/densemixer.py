@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, register_router
 from probmoe_ext.routers.experts import Evaluation, Handover
 from probmoe_ext.routers.topk import TopKRouter, chosen
@@ -47,7 +48,7 @@ class DenseMixerRouter(TopKRouter):
         """Route ``[T, E]`` logits to weights and indices ``[T, k]``; with ``scores``, these are ``p``."""
         if self.training:
             if scores is None:
-                dense = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+                dense = torch.softmax(single(logits), dim=-1)
             else:  # an expert that must not be chosen has no gradient, as in the softmax
                 dense = torch.where(logits == -torch.inf, 0, scores)
             self._dense.put(dense)

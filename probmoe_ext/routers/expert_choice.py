@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from probmoe_ext.ops import route_top_k
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.topk import probabilities_at
 
@@ -77,7 +78,7 @@ class ExpertChoiceRouter(Router):
         """Route ``[T, E]`` logits to weights and indices ``[T, width]``; the hidden states are not used."""
         if not self.training and self.evaluation == "topk":
             return route_top_k(logits, self.k_max, normalize=self.normalize)
-        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits.detach())
         mask = self.token_mask
         affinity = torch.softmax(wide, dim=-1)
         room = math.ceil(len(logits) * self.k_max / self.num_experts)

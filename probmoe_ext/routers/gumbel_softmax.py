@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from probmoe_ext.ops import gumbel_top_k, relaxed_top_k, route_top_k
-from probmoe_ext.ops.arguments import make_seed
+from probmoe_ext.ops.arguments import make_seed, single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.topk import chosen, straight_through, weights_at
 
@@ -56,7 +56,7 @@ class GumbelSoftmaxRouter(Router):
 
         With ``scores`` these stand in the place of ``s``.
         """
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         scores = torch.softmax(wide, dim=-1) if scores is None else scores
         if self.training:
             # One seed for both, so that they have the same noise.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.context import BATCH_SHAPE
 from probmoe_ext.routers.experts import Evaluation, Handover
@@ -58,7 +59,7 @@ class LoryRouter(Router):
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route ``[T, E]`` logits to weights and indices ``[T, E]``; the hidden states are not used."""
         batch, length = self.batch_shape
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(batch, length, -1)
+        wide = single(logits).view(batch, length, -1)
         mixture = self._continued(batch) if self.continues and not self.training else self._by_segments(wide)
         self._mixture.put(mixture)
         weights = self._from_segments(mixture.unsqueeze(2).expand(-1, -1, self._size(mixture), -1))

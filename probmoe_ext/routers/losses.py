@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from probmoe_ext.ops import subset_marginals
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, check_k
 
 PROBABILITIES = ("marginals", "softmax")
@@ -150,7 +151,7 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"logits must have shape [..., E] with at least one token dimension, got {tuple(logits.shape)}"
         )
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return single(logits)
 
 
 def _keep(mask: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:

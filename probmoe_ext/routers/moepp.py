@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from probmoe_ext.ops import route_top_k
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.context import PREVIOUS_LOGITS
 from probmoe_ext.routers.experts import Evaluation, Handover
@@ -150,7 +151,7 @@ class MoEPlusPlusRouter(Router):
 
     def _logits(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """``G``, ``[T, N]`` in float32 (float64 for such logits)."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         others = self.head(hidden_states.to(self.head.weight.dtype)).to(wide.dtype)
         own = torch.cat((wide, others), dim=-1)
         previous = self.previous_residual

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from probmoe_ext.ops import route_top_k
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.losses import variation_loss
 from probmoe_ext.routers.topk import chosen
@@ -85,7 +86,7 @@ class NoisyTopKRouter(Router):
         """Route ``[T, E]`` logits by hidden states ``[T, H]`` to weights and indices ``[T, k]``."""
         if not self.training:
             return route_top_k(logits, self.k_max, normalize=True)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         deviation = F.softplus(self.noise(hidden_states.to(self.noise.weight.dtype)).to(wide.dtype)) + self.floor
         noisy = wide + torch.randn_like(wide) * deviation
         order = noisy.topk(min(self.k_max + 1, self.num_experts)).indices

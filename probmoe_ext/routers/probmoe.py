@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from probmoe_ext.ops import route_probmoe, subset_marginals, subset_mode, subset_sample
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.topk import chosen, weights_at
 
@@ -87,7 +88,7 @@ class ProbMoERouter(Router):
 
         With ``normalize`` it is divided by its sum over all experts, which are not chosen ones only in the gradient.
         """
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         dense = torch.softmax(wide, dim=-1) if scores is None else scores
         return self._weights(indices, wide, dense).to(logits.dtype)
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, register_router
 from probmoe_ext.routers.target import TargetRouter
 from probmoe_ext.routers.topk import chosen, weights_at
@@ -113,4 +114,4 @@ class ReMoERouter(TargetRouter):
 
 def _dense(logits: torch.Tensor) -> torch.Tensor:
     """``ReLU`` of the logits ``[T, E]``, in float32 (float64 for such logits)."""
-    return torch.relu(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    return torch.relu(single(logits))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from probmoe_ext.ops import subset_marginals, subset_mode, subset_sample
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.topk import chosen, straight_through, weights_at
 
@@ -49,7 +50,7 @@ class SimpleRouter(Router):
         scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The same formula at given experts ``[T, K]``, ``z`` their 0/1 vector; ``m / k`` in evaluation."""
-        marginals = subset_marginals(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.k_max)
+        marginals = subset_marginals(single(logits), self.k_max)
         z = chosen(indices, self.num_experts, marginals.dtype)
         if self.training:
             z = straight_through(z, marginals)

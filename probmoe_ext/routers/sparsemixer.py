@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from probmoe_ext.ops import gumbel_top_k
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.topk import straight_through
 
@@ -81,7 +82,7 @@ class SparseMixerRouter(Router):
         return self._draw(logits, indices)[0]
 
     def _draw(self, logits: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         left = wide.clamp(min=LOWEST)
         constant = left.detach()
         weights, indices = [], []

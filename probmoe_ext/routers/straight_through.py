@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from probmoe_ext.ops import route_top_k
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
-from probmoe_ext.routers.topk import chosen, straight_through, weights_at
+from probmoe_ext.ops.arguments import single
+from probmoe_ext.routers.base import register_router
+from probmoe_ext.routers.topk import TopKRouter, chosen, straight_through, weights_at
 
 
 @register_router("straight_through")
-class StraightThroughRouter(Router):
+class StraightThroughRouter(TopKRouter):
     """The values of top-k; in the backward pass the choice is replaced by the softmax that it was made of.
 
     With ``s = softmax(logits)`` and ``z`` the 0/1 vector of the ``k`` largest, training returns
@@ -28,17 +29,6 @@ class StraightThroughRouter(Router):
     Raises:
         ValueError: If ``k`` is a band, or out of range.
     """
-
-    takes_scores = True
-
-    def __init__(self, num_experts: int, k: ExpertsPerToken, *, normalize: bool = False) -> None:
-        super().__init__(num_experts, k, normalize=normalize)
-        self.one_k()
-        self.normalize = normalize
-
-    def top_k_in_evaluation(self) -> tuple[int, bool] | None:
-        """``(k, normalize)``: only the gradient differs."""
-        return self.k_max, self.normalize
 
     def forward(
         self, hidden_states: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor | None = None
@@ -58,7 +48,7 @@ class StraightThroughRouter(Router):
         scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The same formula at given experts ``[T, K]``, ``z`` their 0/1 vector."""
-        soft = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        soft = torch.softmax(single(logits), dim=-1)
         scores = soft if scores is None else scores
         z = chosen(indices, self.num_experts, soft.dtype)
         if self.training:

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 from probmoe_ext.routers.losses import entropy_loss, load_balancing_loss
 from probmoe_ext.routers.topk import chosen, weights_at
@@ -64,7 +65,7 @@ class TopPRouter(Router):
 
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route ``[T, E]`` logits to weights and indices ``[T, k_max]``; the hidden states are not used."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         weights, indices = smallest_sets(wide, self.p, self.fewest, self.k_max, self.normalize)
         weights = weights.to(logits.dtype)
         return (join_losses(self, weights, wide, indices, self.loss_weights) if self.training else weights), indices
@@ -77,7 +78,7 @@ class TopPRouter(Router):
         scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The probabilities of given experts ``[T, K]``, divided by their sum if ``normalize``."""
-        dense = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        dense = torch.softmax(single(logits), dim=-1)
         dense = dense * chosen(indices, self.num_experts, dense.dtype)
         return weights_at(indices, dense, self.normalize).to(logits.dtype)
 

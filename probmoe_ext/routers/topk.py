@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from probmoe_ext.ops import route_top_k
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 
 
@@ -74,7 +75,7 @@ def probabilities_at(
     indices: torch.Tensor, logits: torch.Tensor, normalize: bool, scores: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``softmax(logits)`` (or scores) ``[T, E]`` at ``indices`` ``[T, K]``, divided by their sum if ``normalize``."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = single(logits)
     dense = torch.softmax(wide, dim=-1) if scores is None else scores
     return weights_at(indices, dense * chosen(indices, dense.shape[-1], dense.dtype), normalize).to(logits.dtype)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from probmoe_ext.ops import route_top_k
+from probmoe_ext.ops.arguments import single
 from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
 
 
@@ -45,7 +46,7 @@ class TopKSoftmaxRouter(Router):
         scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The softmax over the logits of given experts ``[T, K]``."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = single(logits)
         return softmax_at(indices, wide).to(logits.dtype)
 
 
