@@ -3,7 +3,8 @@
 A derivative registered from Python sends each call through Python a second time, below autograd, which at T = 1 costs
 several times the kernel. In eager mode the same derivative is therefore attached by a ``torch.autograd.Function``, or
 the call goes below autograd at once where nothing needs a gradient; compilers see the registered operator.
-``torch.func`` transforms, which know no derivative registered from Python, see the Function.
+``torch.func`` transforms, which know no derivative registered from Python, see the Function. The raw operator attaches
+the same Function at its Autograd key, for both modes: ``torch.library.register_autograd`` would drop tangents silently.
 
 The floors of route_probmoe at T = 1, E = 64, k = 8, in units of torch's softmax + topk (3.3 us on a Zen 4 core, 33 us
 with backward). Without gradients: 0.6 for the dispatcher's boxed call with seven arguments, 0.15 for the guard below
@@ -58,7 +59,6 @@ def register(
     torch.library.register_vmap(qualified, vmap_rule(name, op, unbatched))
     if backward is None:
         return _without_derivative(op)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     return _with_derivative(name, op, backward, setup_context, jvp, unbatched)
 
 
@@ -124,6 +124,21 @@ def _with_derivative(
     attach = super(torch.autograd.Function, Derivative).apply
     inputs = tuple(n for n, a in enumerate(op._schema.arguments) if isinstance(a.type, torch.TensorType))
 
+    def raw(*args: Any) -> Any:
+        tensors = [args[n] for n in inputs]
+        if not (_grad_enabled() and any(t.requires_grad for t in tensors)) and not any(map(_has_tangent, tensors)):
+            with _below_autograd():
+                return boxed(*args)
+        if _transforms_active():
+            # Below a transform's own dispatch, a Function is of that one level: its second derivatives would be wrong.
+            raise RuntimeError(
+                f"torch.ops.{NAMESPACE}.{name} has no derivative under torch.func transforms; the functions of "
+                f"{NAMESPACE}.ops have"
+            )
+        return attach(*args)
+
+    torch.library.impl(f"{NAMESPACE}::{name}", "Autograd", raw)
+
     def call(*args: Any) -> Any:
         if is_compiling():
             return op(*args)
@@ -139,6 +154,10 @@ def _with_derivative(
             return boxed(*args)
 
     return call
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _refuse_forward_mode(name: str) -> Callable[..., Any]:

@@ -162,6 +162,44 @@ def test_forward_mode_of_routing_is_refused(name: str) -> None:
     refused("routing is once differentiable", lambda: jacrev(jacrev(function))(x))
 
 
+@with_bands
+@pytest.mark.parametrize(
+    "name", ["subset_log_partition", "subset_cardinality", "subset_marginals", "subset_entropy", "subset_log_prob"]
+)
+def test_raw_operators_carry_tangents(name: str, band: Band) -> None:
+    """What torch.library registers by itself would answer with a tangent of zeros, or none."""
+    x, t = numbers(E, seed=15), numbers(E, seed=16)
+    others = (torch.tensor([0, 3, E])[: band[1]],) if name == "subset_log_prob" else ()
+    public, raw = getattr(ops, name), getattr(torch.ops.probmoe_ext, name)
+    want = jvp(lambda r: public(r, *others, band), (x,), (t,))[1]
+    for leaf in (x, x.clone().requires_grad_()):
+        with forward_ad.dual_level():
+            equal(forward_ad.unpack_dual(raw(forward_ad.make_dual(leaf, t), *others, *band)).tangent, want)
+
+
+def test_raw_operators_without_forward_mode_say_so() -> None:
+    x = numbers(3, E, seed=17)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        refused("route_top_k has no forward-mode", lambda: torch.ops.probmoe_ext.route_top_k(dual, 2, True))
+        refused(
+            "subset_cardinality_backward has no forward-mode",
+            lambda: torch.ops.probmoe_ext.subset_cardinality_backward(x[:, :2], dual, 1, 2),
+        )
+
+
+@pytest.mark.parametrize("transform", [grad, lambda f: lambda r: jvp(f, (r,), (r,))], ids=["grad", "jvp"])
+def test_raw_operators_have_no_derivative_under_transforms(transform: Any) -> None:
+    """And say so; vmap, and what the transform does not differentiate, pass."""
+    raw, x = torch.ops.probmoe_ext.subset_marginals, numbers(3, E, seed=18)
+    refused(r"subset_marginals has no derivative under torch.func", lambda: transform(lambda r: raw(r, 2, 2).max())(x))
+    want = ops.subset_marginals(x, 2)
+    assert torch.equal(vmap(lambda r: raw(r, 2, 2))(x), want)
+    seen: list[Tensor] = []
+    transform(lambda r: (seen.append(raw(x, 2, 2)), r.sum())[1])(x)
+    assert torch.equal(seen[0], want)
+
+
 def test_derivatives_that_end_say_so() -> None:
     x = numbers(E, seed=12)
     refused(
