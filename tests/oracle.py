@@ -1,24 +1,19 @@
 """What is true, by the definitions alone: all subsets enumerated (small E), or 50-digit arithmetic (any E).
 
 Nothing here knows how the ops work. Enumeration is float64 torch and differentiable to any order; the 50-digit dynamic
-program runs on the untilted odds, since mpmath's exponents have no range to leave.
+program runs on the untilted odds, since the exponents of decimals have room for any of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from functools import cache
 from itertools import combinations
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
-
-try:
-    import mpmath
-except ImportError:  # enumeration does without
-    mpmath = None
 
 Band = tuple[int, int]
 MAX_ENUMERATED = 8
@@ -157,14 +152,13 @@ def exact(logits: Tensor, v: Tensor, band: Band) -> Exact:
 
     Prefix and suffix tables of the untilted recursion, each carried as a dual number in the direction `v`.
     """
-    if mpmath is None:
-        pytest.skip("needs mpmath for 50 digits")
     k_min, k_max = band
     num_experts = logits.shape[-1]
-    with mpmath.workdps(_DIGITS):
-        zero, one = mpmath.mpf(0), mpmath.mpf(1)
-        w = [zero if r == -np.inf else mpmath.exp(mpmath.mpf(r)) for r in logits.double().tolist()]
-        u = [mpmath.mpf(x) for x in v.double().tolist()]
+    with localcontext() as context:
+        context.prec = _DIGITS
+        zero, one = Decimal(0), Decimal(1)
+        w = [Decimal(r).exp() for r in logits.double().tolist()]  # of -inf: 0
+        u = [Decimal(x) for x in v.double().tolist()]
         start = np.full(k_max + 1, zero, dtype=object)
         start[0] = one
         before, before_dot = _tables(w, u, start)
@@ -183,13 +177,13 @@ def exact(logits: Tensor, v: Tensor, band: Band) -> Exact:
             m.append(n / z)
             c.append(n_dot / z - n * z_dot / z**2)
         return Exact(
-            float(mpmath.log(z)),
+            float(z.ln()),
             np.array([float(x) for x in m], dtype=np.float64),
             np.array([float(x) for x in c], dtype=np.float64),
         )
 
 
-def _tables(w: list[mpmath.mpf], u: list[mpmath.mpf], row: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _tables(w: list[Decimal], u: list[Decimal], row: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """All steps of ``row[j] += w_i row[j - 1]`` and of its tangent, with ``dw_i = u_i w_i``."""
     dot = row * 0
     table, table_dot = [row], [dot]
