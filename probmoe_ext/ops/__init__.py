@@ -15,17 +15,10 @@ from .gamma import log_gamma_sample, standard_gamma_grad
 from .gumbel import gumbel_sigmoid, gumbel_top_k, plackett_luce_log_prob, relaxed_top_k
 from .route import route_probmoe, route_top_k
 from .streams import sample_stream, set_sample_stream
-from .subset import (
-    subset_cardinality,
-    subset_covariance_vp,
-    subset_entropy,
-    subset_log_partition,
-    subset_log_prob,
-    subset_marginals,
-    subset_mode,
-    subset_sample,
-)
+from .subset import subset_cardinality, subset_covariance_vp, subset_log_partition, subset_marginals
 from .subset_derived import subset_indicator, subset_kl, subset_pairwise
+from .subset_draws import subset_mode, subset_sample
+from .subset_probability import subset_entropy, subset_log_prob
 
 __all__ = [
     "dirichlet_entropy",

@@ -1,4 +1,4 @@
-"""The subset family: cardinality-constrained subsets of experts (conditional Bernoulli), exact.
+"""The subset family: cardinality-constrained subsets of experts (conditional Bernoulli), exact; its sums and moments.
 
 ``P(S) = exp(sum of logits over S) / Z`` on the subsets with ``k_min <= |S| <= k_max``. Derivatives close on themselves:
 ``log_partition -> marginals -> covariance_vp``. Each result equals its closed form up to rounding: no relaxation, no
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the operators)
-from .arguments import Cardinality, apply_mask, check_band, check_indices, check_like, check_logits, launch, make_seed
+from .arguments import Cardinality, apply_mask, check_band, check_like, check_logits, launch
 from .registration import keep, refuse_derivative, register
 from .subset_third import third_derivative
 
 
-def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save_logits(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, ctx.k_min, ctx.k_max = inputs
     keep(ctx, logits)
 
 
-def _per_row(logits: Tensor, k_min: int, k_max: int) -> Tensor:
+def per_row(logits: Tensor, k_min: int, k_max: int) -> Tensor:
     return logits.new_empty(logits.shape[:-1])
 
 
@@ -44,15 +44,15 @@ def k_hot(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
 
 def _log_partition_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (logits,) = ctx.saved_tensors
-    return grad.unsqueeze(-1) * _marginals(logits, ctx.k_min, ctx.k_max), None, None
+    return grad.unsqueeze(-1) * marginals(logits, ctx.k_min, ctx.k_max), None, None
 
 
 def _log_partition_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
     (logits,) = ctx.saved_tensors
-    return (_marginals(logits, ctx.k_min, ctx.k_max) * tangent).sum(-1)
+    return (marginals(logits, ctx.k_min, ctx.k_max) * tangent).sum(-1)
 
 
-_log_partition = register("subset_log_partition", _per_row, _log_partition_backward, _save_logits, _log_partition_jvp)
+_log_partition = register("subset_log_partition", per_row, _log_partition_backward, save_logits, _log_partition_jvp)
 
 
 def subset_log_partition(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
@@ -99,7 +99,7 @@ def _cardinality_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
     return (rows * tangent).sum(-1).movedim(0, -1)
 
 
-_cardinality = register("subset_cardinality", _cardinality_fake, _cardinality_backward, _save_logits, _cardinality_jvp)
+_cardinality = register("subset_cardinality", _cardinality_fake, _cardinality_backward, save_logits, _cardinality_jvp)
 _cardinality_vjp = register(
     "subset_cardinality_backward",
     lambda grad, logits, k_min, k_max: logits.new_empty(logits.shape),
@@ -133,7 +133,7 @@ def subset_cardinality(logits: Tensor, k: Cardinality, *, mask: Tensor | None = 
 
 def _marginals_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (logits,) = ctx.saved_tensors
-    return _covariance_vp(logits, grad, ctx.k_min, ctx.k_max), None, None
+    return covariance_vp(logits, grad, ctx.k_min, ctx.k_max), None, None
 
 
 def _save_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -144,7 +144,7 @@ def _save_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _marginals_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
     (logits,) = ctx.saved_tensors
-    return _covariance_vp(logits, tangent, ctx.k_min, ctx.k_max)
+    return covariance_vp(logits, tangent, ctx.k_min, ctx.k_max)
 
 
 def _covariance_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -153,7 +153,7 @@ def _covariance_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, 
     if grad is not None and ctx.needs_input_grad[0]:
         grad_logits = third_derivative(logits, v, grad, ctx.k_min, ctx.k_max)
     if grad is not None and ctx.needs_input_grad[1]:
-        grad_v = _covariance_vp(logits, grad, ctx.k_min, ctx.k_max)
+        grad_v = covariance_vp(logits, grad, ctx.k_min, ctx.k_max)
     return grad_logits, grad_v, None, None
 
 
@@ -164,12 +164,12 @@ def _covariance_jvp(ctx: Any, logits_tangent: Tensor | None, v_tangent: Tensor |
         # T(v, t): the third derivative of log Z is symmetric, too.
         tangent = third_derivative(logits, v, logits_tangent, ctx.k_min, ctx.k_max)
     if v_tangent is not None:
-        tangent = tangent + _covariance_vp(logits, v_tangent, ctx.k_min, ctx.k_max)
+        tangent = tangent + covariance_vp(logits, v_tangent, ctx.k_min, ctx.k_max)
     return tangent
 
 
-_marginals = register("subset_marginals", _per_expert, _marginals_backward, _save_logits, _marginals_jvp)
-_covariance_vp = register(
+marginals = register("subset_marginals", _per_expert, _marginals_backward, save_logits, _marginals_jvp)
+covariance_vp = register(
     "subset_covariance_vp",
     lambda logits, v, k_min, k_max: logits.new_empty(logits.shape),
     _covariance_backward,
@@ -197,7 +197,7 @@ def subset_marginals(logits: Tensor, k: Cardinality, *, mask: Tensor | None = No
     """
     check_logits(logits)
     logits = apply_mask(logits, mask)
-    return launch(_marginals, logits, *check_band(k, logits.shape[-1]))
+    return launch(marginals, logits, *check_band(k, logits.shape[-1]))
 
 
 def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
@@ -220,178 +220,4 @@ def subset_covariance_vp(logits: Tensor, v: Tensor, k: Cardinality, *, mask: Ten
     check_logits(logits)
     logits = apply_mask(logits, mask)
     check_like(v, logits, "v")
-    return launch(_covariance_vp, logits, v, *check_band(k, logits.shape[-1]))
-
-
-# ---- entropy and log-probability ----------------------------------------------------------------------------------
-
-
-def _entropy_gradient(ctx: Any) -> Tensor:
-    (logits,) = ctx.saved_tensors
-    # In double precision as the value: the direction is the logits, whose size multiplies the rounding of C.
-    wide = logits.double()
-    slope = _covariance_vp(wide, wide.masked_fill(wide == -torch.inf, 0.0), ctx.k_min, ctx.k_max)
-    return -slope.to(logits.dtype)
-
-
-def _entropy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return grad.unsqueeze(-1) * _entropy_gradient(ctx), None, None
-
-
-def _entropy_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-    return (_entropy_gradient(ctx) * tangent).sum(-1)
-
-
-_entropy = register("subset_entropy", _per_row, _entropy_backward, _save_logits, _entropy_jvp)
-
-
-def subset_entropy(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
-    """Entropy ``-sum_S P(S) log P(S) = log Z - sum_i m_i r_i`` (with ``0 (-inf) = 0``), in nats.
-
-    Args:
-        logits: ``[..., E]``, floating; -inf masks an expert out.
-        k: The size, or ``(k_min, k_max)``.
-        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
-            not bool, a ValueError if it does not fit.
-
-    Returns:
-        ``[...]``, computed in double precision term by term, so that nothing cancels. Twice differentiable: its
-        gradient is ``-C r``.
-
-    Raises:
-        TypeError: ``logits`` is no floating tensor, or ``k`` no int or pair of ints.
-        ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
-    """
-    check_logits(logits)
-    logits = apply_mask(logits, mask)
-    return launch(_entropy, logits, *check_band(k, logits.shape[-1]))
-
-
-def _save_subset(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, indices, ctx.k_min, ctx.k_max = inputs
-    keep(ctx, logits, indices, output)
-
-
-def _log_prob_gradient(ctx: Any) -> tuple[Tensor, Tensor]:
-    """``z - m``, and which subsets have a probability: of the others nothing is passed on."""
-    logits, indices, log_prob = ctx.saved_tensors
-    gradient = k_hot(indices, logits.shape[-1], logits.dtype) - _marginals(logits, ctx.k_min, ctx.k_max)
-    return gradient, (log_prob > -torch.inf) | log_prob.isnan()
-
-
-def _log_prob_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    gradient, possible = _log_prob_gradient(ctx)
-    return torch.where(possible, grad, 0.0).unsqueeze(-1) * gradient, None, None, None
-
-
-def _log_prob_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-    gradient, possible = _log_prob_gradient(ctx)
-    return torch.where(possible, (gradient * tangent).sum(-1), 0.0)
-
-
-_log_prob = register(
-    "subset_log_prob",
-    lambda logits, indices, k_min, k_max: logits.new_empty(logits.shape[:-1]),
-    _log_prob_backward,
-    _save_subset,
-    _log_prob_jvp,
-)
-
-
-def subset_log_prob(logits: Tensor, indices: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
-    """Log-probability of a subset, ``sum of logits over S - log Z``.
-
-    Args:
-        logits: ``[..., E]``, floating; -inf masks an expert out.
-        indices: int64 ``[..., k_max]``, distinct members of S in any order, unused slots at E.
-        k: The size, or ``(k_min, k_max)``.
-        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
-            not bool, a ValueError if it does not fit.
-
-    Returns:
-        ``[...]``, in nats, computed in double precision as a sum of terms of one sign; -inf, with gradient 0, for a
-        size outside the band, a masked or a repeated expert. Twice differentiable, with gradient ``z - m``.
-
-    Raises:
-        TypeError: A tensor has the wrong dtype, or ``k`` is no int or pair of ints.
-        ValueError: Shapes or devices differ, ``k`` is out of range, an index is outside 0..E, or a row has fewer than
-            ``k_min`` unmasked experts.
-    """
-    check_logits(logits)
-    logits = apply_mask(logits, mask)
-    k_min, k_max = check_band(k, logits.shape[-1])
-    check_indices(indices, logits, k_max)
-    return launch(_log_prob, logits, indices, k_min, k_max)
-
-
-# ---- draws --------------------------------------------------------------------------------------------------------
-
-
-_sample = register(
-    "subset_sample",
-    lambda logits, seed, k_min, k_max: logits.new_empty((*logits.shape[:-1], k_max), dtype=torch.int64),
-    unbatched=(1,),
-)
-_mode = register(
-    "subset_mode", lambda logits, k_min, k_max: logits.new_empty((*logits.shape[:-1], k_max), dtype=torch.int64)
-)
-
-
-def subset_sample(
-    logits: Tensor,
-    k: Cardinality,
-    seed: int | Tensor | None = None,
-    num_samples: int | None = None,
-    *,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """An exact draw of S: its size from :func:`subset_cardinality`, then its members, by inversion.
-
-    Args:
-        logits: ``[..., E]``, floating; -inf masks an expert out.
-        k: The size, or ``(k_min, k_max)``.
-        seed: None draws one from torch's generator; an int or an int64 scalar tensor makes the call pure. Rows draw
-            independently, counted by their index (Philox4x32-10), whatever the number of threads.
-        num_samples: How many independent draws of each row; None is one, without a dimension of its own.
-        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
-            not bool, a ValueError if it does not fit.
-
-    Returns:
-        int64 ``[..., k_max]``, or ``[num_samples, ..., k_max]``, ascending, unused slots at E. Not differentiable.
-
-    Raises:
-        TypeError: ``logits`` is no floating tensor, ``k`` no int or pair of ints, ``seed`` no int64.
-        ValueError: ``k`` is out of range, ``num_samples`` is negative, the seed is on another device, or a row has
-            fewer than ``k_min`` unmasked experts.
-    """
-    check_logits(logits)
-    logits = apply_mask(logits, mask)
-    k_min, k_max = check_band(k, logits.shape[-1])
-    if num_samples is not None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int | torch.SymInt):
-            raise TypeError(f"num_samples must be None or an int, not {num_samples!r}")
-        if num_samples < 0:
-            raise ValueError(f"num_samples must be at least 0, not {num_samples}")
-        logits = logits.expand(num_samples, *logits.shape)
-    return launch(_sample, logits, make_seed(seed, logits), k_min, k_max)
-
-
-def subset_mode(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
-    """The most probable S: every positive logit, the count then clamped to the band along the descending order.
-
-    Args:
-        logits: ``[..., E]``, floating; -inf masks an expert out.
-        k: The size, or ``(k_min, k_max)``.
-        mask: bool, broadcastable with ``logits``: True keeps an expert, False is a logit of -inf. A TypeError if it is
-            not bool, a ValueError if it does not fit.
-
-    Returns:
-        int64 ``[..., k_max]`` by descending logit, ties to the lower index, unused slots at E. Not differentiable.
-
-    Raises:
-        TypeError: ``logits`` is no floating tensor, or ``k`` no int or pair of ints.
-        ValueError: ``k`` is out of range, or a row has fewer than ``k_min`` unmasked experts.
-    """
-    check_logits(logits)
-    logits = apply_mask(logits, mask)
-    return launch(_mode, logits, *check_band(k, logits.shape[-1]))
+    return launch(covariance_vp, logits, v, *check_band(k, logits.shape[-1]))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .arguments import Cardinality, apply_mask, check_band, check_like, check_logits, single
-from .subset import k_hot, subset_log_prob, subset_marginals, subset_mode, subset_sample
+from .subset import k_hot, subset_marginals
+from .subset_draws import subset_mode, subset_sample
+from .subset_probability import subset_log_prob
 
 
 def subset_pairwise(logits: Tensor, k: Cardinality, *, mask: Tensor | None = None) -> Tensor:
