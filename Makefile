@@ -11,8 +11,9 @@ SOURCES := $(wildcard setup.py pyproject.toml csrc/*.[ch] csrc/*/*.[ch] csrc/shi
 demo: .venv/installed-train
 	$(BIN)/probmoe demo
 
+# A process for each core, of one thread; `python -m pytest` runs the same tests in one process.
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 bench: .venv/installed-test
 	$(BIN)/python -m benchmarks.run --record
