@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import probmoe_ext.hf
-from probmoe_ext.routers import base as registry
+from probmoe_ext.routers import registry
 from tests.hf.models import E, gates, tiny, tokens
 
 PAGE = Path(__file__).parents[1] / "docs" / "write_your_own_router.md"

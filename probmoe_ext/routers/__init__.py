@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from probmoe_ext.routers.adamoe import AdaMoERouter
 from probmoe_ext.routers.auxiliary import aux_losses, watch_loss
-from probmoe_ext.routers.base import (
-    ExpertsPerToken,
-    Router,
-    available_routers,
-    make_router,
-    register_router,
-    router_class,
-    router_options,
-)
+from probmoe_ext.routers.base import ExpertsPerToken, Router
 from probmoe_ext.routers.calibration import (
     annealed_concentration,
     annealed_temperature,
@@ -32,6 +24,7 @@ from probmoe_ext.routers.losses import entropy_loss, load_balancing_loss, variat
 from probmoe_ext.routers.moepp import MoEPlusPlusRouter
 from probmoe_ext.routers.noisy_topk import NoisyTopKRouter
 from probmoe_ext.routers.probmoe import ProbMoERouter
+from probmoe_ext.routers.registry import available_routers, make_router, register_router, router_class, router_options
 from probmoe_ext.routers.remoe import ReMoERouter
 from probmoe_ext.routers.simple import SimpleRouter
 from probmoe_ext.routers.sparsemixer import SparseMixerRouter, SparseMixerV2Router

@@ -9,8 +9,9 @@ from torch import nn
 
 from probmoe_ext.ops import route_top_k
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
 from probmoe_ext.routers.losses import loads_and_probabilities
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.topk import chosen, weights_at
 
 

@@ -1,32 +1,27 @@
-"""The contract that every router keeps, and the registry that finds one by name."""
+"""The contract that every router keeps."""
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
 from probmoe_ext.routers.auxiliary import AuxiliaryLosses
-from probmoe_ext.routers.context import NEEDS, Batch, LayerContext
+from probmoe_ext.routers.context import Batch, LayerContext
 from probmoe_ext.routers.experts import Evaluation
 
 ExpertsPerToken = int | tuple[int, int]
-RouterClass = TypeVar("RouterClass", bound="type[Router]")
-
-_REGISTRY: dict[str, type[Router]] = {}
 
 
 class Router(AuxiliaryLosses):
     """Turns the hidden states and logits of a batch of tokens into experts and their weights.
 
     A subclass implements :meth:`forward`, hands its options to this constructor (they are what a saved model
-    remembers), and is registered with :func:`register_router`. Its constructor takes ``num_experts`` and ``k`` first
-    and options by keyword; the swap fills in two of them from the model if they are named there and not given:
-    ``normalize`` (does the model renormalise its weights) and ``hidden_size``. Parameters and submodules are allowed:
-    they are cast to the gate's dtype, and travel in the state dict.
+    remembers), and is registered with :func:`~probmoe_ext.routers.register_router`. Its constructor takes
+    ``num_experts`` and ``k`` first and options by keyword; the swap fills in two of them from the model if they are
+    named there and not given: ``normalize`` (does the model renormalise its weights) and ``hidden_size``. Parameters
+    and submodules are allowed: they are cast to the gate's dtype, and travel in the state dict.
 
     An auxiliary loss joins the backward pass by :meth:`join_loss`, in a class that says ``has_loss = True``. What the
     router reads beside its arguments it names in ``needs``; what it keeps from batch to batch it updates in
@@ -262,76 +257,6 @@ def check_k(k: ExpertsPerToken, num_experts: int) -> tuple[int, int]:
     if k_max > num_experts:
         raise ValueError(f"k must be at most the number of experts, {num_experts}, got {k!r}")
     return k_min, k_max
-
-
-def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
-    """Class decorator: make a :class:`Router` known by a name.
-
-    Raises:
-        TypeError: If it decorates something that is no ``Router``.
-        ValueError: If another class has the name already.
-    """
-
-    def register(cls: RouterClass) -> RouterClass:
-        if not (isinstance(cls, type) and issubclass(cls, Router)):
-            raise TypeError(f"register_router({name!r}) expects a subclass of Router, got {cls!r}")
-        if not cls.needs <= set(NEEDS):
-            raise ValueError(f"needs of {cls.__name__} must be among {', '.join(NEEDS)}, got {sorted(cls.needs)}")
-        known = _REGISTRY.get(name)
-        # A module that is imported anew (in a notebook) may register its class again.
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"router {name!r} is already registered, by {known.__module__}.{known.__qualname__}")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def available_routers() -> tuple[str, ...]:
-    """The registered names, sorted."""
-    return tuple(sorted(_REGISTRY))
-
-
-def router_class(name: str) -> type[Router]:
-    """The class that is registered by a name.
-
-    Raises:
-        ValueError: If the name is unknown (the message lists the known ones).
-    """
-    if name not in _REGISTRY:
-        raise ValueError(f"router must be one of {', '.join(available_routers())}; got {name!r}")
-    return _REGISTRY[name]
-
-
-def router_options(name: str) -> tuple[str, ...]:
-    """The options of a router, in the order of its constructor.
-
-    Raises:
-        ValueError: If the name is unknown (the message lists the known ones).
-    """
-    parameters = inspect.signature(router_class(name).__init__).parameters
-    return tuple(option for option in parameters if option not in ("self", "num_experts", "k"))
-
-
-def make_router(name: str, *, num_experts: int, k: ExpertsPerToken, **options: Any) -> Router:
-    """Build a router by name.
-
-    Args:
-        name: One of :func:`available_routers`.
-        num_experts: ``E``.
-        k: Experts per token, an int or a band ``(k_min, k_max)``.
-        **options: The router's own, see its class and :func:`router_options`.
-
-    Raises:
-        ValueError: If the name or an option is unknown, or a value is not allowed.
-    """
-    allowed = router_options(name)
-    unknown = [option for option in options if option not in allowed]
-    if unknown:
-        said = ", ".join(map(repr, unknown))
-        raise ValueError(f"router {name!r} has no option {said}; its options: {', '.join(allowed) or 'none'}")
-    return router_class(name)(num_experts, k, **options)
 
 
 def _integer(argument: str, value: object) -> int:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, register_router
+from probmoe_ext.routers.base import ExpertsPerToken
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.target import TargetRouter
 from probmoe_ext.routers.top_p import check_weights, join_losses, smallest_sets
 from probmoe_ext.routers.topk import chosen, weights_at

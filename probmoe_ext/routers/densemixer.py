@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, register_router
+from probmoe_ext.routers.base import ExpertsPerToken
 from probmoe_ext.routers.experts import Evaluation, Handover
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.topk import TopKRouter, chosen
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from probmoe_ext.ops import route_dirmoe
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
 from probmoe_ext.routers.calibration import calibrate_concentration, calibrate_ratio, mean_simpson
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.topk import chosen, weights_at
 
 DEFAULT_EXCESS = 0.05

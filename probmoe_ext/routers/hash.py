@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
+from probmoe_ext.routers.registry import register_router
 
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 """The odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed integers."""

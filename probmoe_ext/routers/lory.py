@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
 from probmoe_ext.routers.context import BATCH_SHAPE
 from probmoe_ext.routers.experts import Evaluation, Handover
+from probmoe_ext.routers.registry import register_router
 
 
 @register_router("lory")

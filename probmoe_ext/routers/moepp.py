@@ -10,10 +10,11 @@ from torch import nn
 
 from probmoe_ext.ops import route_top_k
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
 from probmoe_ext.routers.context import PREVIOUS_LOGITS
 from probmoe_ext.routers.experts import Evaluation, Handover
 from probmoe_ext.routers.losses import loads_and_probabilities
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.topk import chosen
 
 

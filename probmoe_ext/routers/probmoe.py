@@ -8,7 +8,8 @@ import torch
 
 from probmoe_ext.ops import route_probmoe, subset_marginals, subset_mode, subset_sample
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.topk import chosen, weights_at
 
 FORWARD = ("sample", "topk")

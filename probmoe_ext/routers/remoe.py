@@ -7,7 +7,8 @@ import math
 import torch
 
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, register_router
+from probmoe_ext.routers.base import ExpertsPerToken
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.target import TargetRouter
 from probmoe_ext.routers.topk import chosen, weights_at
 

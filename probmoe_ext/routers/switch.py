@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from probmoe_ext.ops import route_top_k
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
 from probmoe_ext.routers.losses import load_balancing_loss
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.topk import chosen, probabilities_at
 
 

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 
 from probmoe_ext.ops import gumbel_top_k
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
 from probmoe_ext.routers.context import BATCH_SHAPE
+from probmoe_ext.routers.registry import register_router
 
 TRAINING = ("batch", "sequence", "token")
 INFERENCE = ("token", "sequence", "ensemble")

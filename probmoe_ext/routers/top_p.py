@@ -7,8 +7,9 @@ import math
 import torch
 
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
 from probmoe_ext.routers.losses import entropy_loss, load_balancing_loss
+from probmoe_ext.routers.registry import register_router
 from probmoe_ext.routers.topk import chosen, weights_at
 
 

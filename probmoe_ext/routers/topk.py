@@ -6,7 +6,8 @@ import torch
 
 from probmoe_ext.ops import route_top_k
 from probmoe_ext.ops.arguments import single
-from probmoe_ext.routers.base import ExpertsPerToken, Router, register_router
+from probmoe_ext.routers.base import ExpertsPerToken, Router
+from probmoe_ext.routers.registry import register_router
 
 
 @register_router("topk")

@@ -17,8 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import probmoe_ext
 from probmoe_ext.hf import model_card, push_to_hub, restore_router, routing_of, save_pretrained, swap_router
-from probmoe_ext.routers import base as registry
-from probmoe_ext.routers import register_router
+from probmoe_ext.routers import register_router, registry
 from tests.hf.models import FAMILIES, LAYERS, K, gates, tiny, tokens
 from tests.hf.test_models import swappable
 from tests.routers.balance import BiasedRouter

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from probmoe_ext.hf import restore_router, swap_router
-from probmoe_ext.routers import Router, make_router, register_router
-from probmoe_ext.routers import base as registry
+from probmoe_ext.routers import Router, make_router, register_router, registry
 from tests.hf.models import LAYERS, H, K, experts, gates, tiny, tokens
 from tests.hf.test_training import step
 

@@ -13,8 +13,7 @@ from transformers import CONFIG_MAPPING
 from probmoe_ext.hf import moe_layers, restore_router, routing_of, swap_router
 from probmoe_ext.hf.choice import PLAIN, ChoiceRule
 from probmoe_ext.hf.layers import MoELayer
-from probmoe_ext.routers import Router, register_router
-from probmoe_ext.routers import base as registry
+from probmoe_ext.routers import Router, register_router, registry
 from tests.hf.models import FAMILIES, MORE, E, H, K, tiny, tokens
 
 REFUSED = {

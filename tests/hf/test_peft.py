@@ -17,8 +17,7 @@ from probmoe_ext.hf import (
     routing_of,
     swap_router,
 )
-from probmoe_ext.routers import base as registry
-from probmoe_ext.routers import register_router
+from probmoe_ext.routers import register_router, registry
 from tests.hf.models import LAYERS, E, H, K, tiny, tokens
 from tests.routers.balance import BiasedRouter
 

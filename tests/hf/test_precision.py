@@ -10,8 +10,7 @@ import torch
 from probmoe_ext import reference
 from probmoe_ext.hf import moe_layers, swap_router
 from probmoe_ext.hf.gate import gate_logits, tensor_of
-from probmoe_ext.routers import aux_losses, register_router
-from probmoe_ext.routers import base as registry
+from probmoe_ext.routers import aux_losses, register_router, registry
 from tests.hf.models import H, K, gates, tiny, tokens
 from tests.hf.test_models import swappable
 from tests.routers.balance import BalanceRouter

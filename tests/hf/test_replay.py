@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from probmoe_ext.hf import RoutingRecord, record_routing, replay_routing, swap_router
-from probmoe_ext.routers import Router, register_router
-from probmoe_ext.routers import base as registry
+from probmoe_ext.routers import Router, register_router, registry
 from tests.hf.models import LAYERS, E, K, gates, tiny, tokens
 
 ks = pytest.mark.parametrize("k", [K, 2, (1, K)], ids=str)

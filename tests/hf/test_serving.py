@@ -10,8 +10,7 @@ import torch
 
 from probmoe_ext.hf import custom_routing_function, moe_layers, swap_router
 from probmoe_ext.hf.gate import gate_logits
-from probmoe_ext.routers import base as registry
-from probmoe_ext.routers import register_router
+from probmoe_ext.routers import register_router, registry
 from tests.hf.models import E, H, K, tiny
 from tests.hf.test_models import swappable
 from tests.routers.balance import BiasedRouter

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from probmoe_ext.hf import restore_router, routing_of, swap_router
-from probmoe_ext.routers import aux_losses, register_router
-from probmoe_ext.routers import base as registry
+from probmoe_ext.routers import aux_losses, register_router, registry
 from tests.hf.models import FAMILIES, LAYERS, E, H, K, experts, gates, tiny, tokens
 from tests.routers.balance import BalanceRouter, BiasedRouter
 

@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 import probmoe_ext
 from probmoe_ext.hf import save_pretrained, swap_router, watch_trainer
 from probmoe_ext.hf.trainers import label_share
-from probmoe_ext.routers import base as registry
-from probmoe_ext.routers import register_router
+from probmoe_ext.routers import register_router, registry
 from tests.hf.models import VOCABULARY, E, H, K, gates, tiny, tokens
 from tests.routers.balance import BalanceRouter, BiasedRouter
 

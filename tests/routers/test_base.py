@@ -7,8 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from probmoe_ext.routers import ProbMoERouter, Router, TopKRouter, available_routers, make_router, register_router
-from probmoe_ext.routers import base as registry
+from probmoe_ext.routers import (
+    ProbMoERouter,
+    Router,
+    TopKRouter,
+    available_routers,
+    make_router,
+    register_router,
+    registry,
+)
 
 
 @pytest.fixture
