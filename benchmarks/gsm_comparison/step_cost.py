@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from probmoe_ext.files import write_json
+from probmoe_ext.train.beginning import load_beginning
 from probmoe_ext.train.comparison import load_comparison
 from probmoe_ext.train.data import load_examples
 from probmoe_ext.train.encode import PadRight, encode, pad_token
-from probmoe_ext.train.finetune import load_beginning
 from probmoe_ext.train.machine import machine, versions
 from probmoe_ext.train.protocols import PROMPTS
 

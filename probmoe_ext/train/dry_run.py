@@ -8,11 +8,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from probmoe_ext.train.arguments import optimizer_steps, peak_rate
+from probmoe_ext.train.beginning import tokenizer_text
 from probmoe_ext.train.checkpoints import last_checkpoint
 from probmoe_ext.train.data import load_examples, split_holdout
 from probmoe_ext.train.encode import encode
 from probmoe_ext.train.evaluation import prepare
-from probmoe_ext.train.finetune import check_request, optimizer_steps, peak_rate, tokenizer_text
+from probmoe_ext.train.finetune import check_request
 from probmoe_ext.train.generate import prompt_tokens
 from probmoe_ext.train.models import Routing, check_routing, load_config_of, pick_device
 from probmoe_ext.train.options import EvalConfig, TrainConfig

@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 import shutil
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from probmoe_ext.files import check_writable, write_json
 from probmoe_ext.hf import RoutingMonitor
+from probmoe_ext.train.arguments import accumulation_of, trainer_arguments
+from probmoe_ext.train.beginning import load_beginning
 from probmoe_ext.train.callbacks import LossProgress, MetricsFile, RoutingBesideCheckpoints, StepClock
 from probmoe_ext.train.checkpoints import last_checkpoint, remove_unfinished, save_final
-from probmoe_ext.train.data import Example, load_examples, split_holdout
+from probmoe_ext.train.data import load_examples, split_holdout
 from probmoe_ext.train.encode import Encoded, PadRight, encode, pad_token
 from probmoe_ext.train.errors import UsageError
 from probmoe_ext.train.interrupt import StopOnSignal
-from probmoe_ext.train.lora import add_lora, merge_lora
+from probmoe_ext.train.lora import merge_lora
 from probmoe_ext.train.models import (
     Routing,
-    apply_routing,
     check_k,
     check_model,
     check_router,
     load_config_of,
     load_model,
     pick_device,
-    set_experts,
     write_routing,
 )
 from probmoe_ext.train.options import TrainConfig, load_config
 from probmoe_ext.train.protocols import PROMPTS
-from probmoe_ext.train.tiny import BUILT_IN, build_tiny
+from probmoe_ext.train.tiny import BUILT_IN
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "train_config.json", "metrics.jsonl", "summary.json"
 MONITOR_FILE = "routing.jsonl"
-PAPER_RATE, TINY_RATE = 1e-6, 3e-3
-TOKENIZER_EXAMPLES = 5000
-"""More text adds time, and hardly a piece to a vocabulary of a thousand."""
 
 
 class _Rows(Dataset[dict[str, list[int]]]):
@@ -143,7 +136,7 @@ def finetune(
     metrics = MetricsFile(folder / METRICS_FILE, clock)
     trainer = Trainer(
         model=model,
-        args=_arguments(config, folder, len(rows.rows), device),
+        args=trainer_arguments(config, folder, len(rows.rows), device),
         train_dataset=_Rows(rows.rows),
         eval_dataset=_Rows(heldout_rows.rows) if heldout else None,
         data_collator=PadRight(pad_token(tokenizer)),
@@ -217,99 +210,6 @@ def check_request(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
     if (folder / CONFIG_FILE).exists() and not (resume or overwrite):
         raise UsageError(f"{folder} holds a run: use --resume {folder}, --overwrite, or another --output")
     check_writable(folder)
-
-
-def load_beginning(config: TrainConfig, training: list[Example], checkpoint: Path | None = None) -> tuple[Any, Any]:
-    """The model and the tokenizer with which a training begins, or goes on from a checkpoint."""
-    routing = Routing(config.router, config.k, config.router_options)
-    if checkpoint is not None and config.lora_rank is None:
-        model, tokenizer = load_model(str(checkpoint), routing, config.dtype, config.experts)
-    elif config.model in BUILT_IN:
-        model, tokenizer = build_tiny(tokenizer_text(config, training), config.seed, config.model)
-        model.to(getattr(torch, config.dtype))
-        set_experts(model, config.experts)
-        apply_routing(model, routing)
-    else:
-        model, tokenizer = load_model(config.model, routing, config.dtype, config.experts)
-    if config.aux_loss is not None:
-        model.config.output_router_logits = config.aux_loss > 0
-        model.config.router_aux_loss_coef = model.router_aux_loss_coef = config.aux_loss
-    if config.gradient_checkpointing:
-        # Renamed within transformers 5.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        model.config.use_cache = False
-    if config.lora_rank is not None:
-        # A checkpoint holds the adapters, which the Trainer loads.
-        model = add_lora(model, config.lora_rank, config.lora_alpha)
-    return model, tokenizer
-
-
-def tokenizer_text(config: TrainConfig, training: list[Example]) -> list[str]:
-    """What the tokenizer of a built-in model is trained on."""
-    examples = load_examples(config.tokenizer_data, "train") if config.tokenizer_data else training
-    prompt = PROMPTS[config.prompt]
-    return [f"{prompt(one.question)} {one.answer}" for one in examples[:TOKENIZER_EXAMPLES]]
-
-
-def accumulation_of(config: TrainConfig) -> int:
-    """Forward passes of each process in an optimizer step.
-
-    Raises:
-        UsageError: `total_batch` is no multiple of what the processes take at once.
-    """
-    at_once = config.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-    total = config.total_batch or at_once
-    if total % at_once:
-        raise UsageError(f"total_batch={total} must be a multiple of batch_size × processes, {at_once}")
-    return total // at_once
-
-
-def optimizer_steps(config: TrainConfig, examples: int) -> int:
-    """Number of optimizer steps for so many training examples."""
-    batch = config.batch_size * accumulation_of(config) * int(os.environ.get("WORLD_SIZE", "1"))
-    return config.max_steps or math.ceil(math.ceil(examples / batch) * config.epochs)
-
-
-def peak_rate(config: TrainConfig) -> float:
-    """The peak learning rate."""
-    if config.learning_rate is not None:
-        return config.learning_rate
-    return TINY_RATE if config.model in BUILT_IN else PAPER_RATE
-
-
-def _arguments(config: TrainConfig, folder: Path, examples: int, device: torch.device) -> TrainingArguments:
-    strategy = "epoch" if config.save_steps is None else "steps"
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=accumulation_of(config),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=peak_rate(config),
-        optim=config.optimizer,
-        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(optimizer_steps(config, examples) * config.warmup),
-        weight_decay=config.weight_decay,
-        adam_beta2=config.adam_beta2,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.autocast if config.autocast is not None else device.type == "cuda" and config.dtype == "float32",
-        use_cpu=device.type == "cpu",
-        seed=config.seed,
-        logging_steps=config.log_steps,
-        save_strategy=strategy,
-        save_steps=config.save_steps or 500,
-        save_total_limit=config.keep,
-        eval_strategy=strategy if config.holdout else "no",
-        eval_steps=config.save_steps,
-        prediction_loss_only=True,
-        metric_for_best_model="eval_loss" if config.select == "best" else None,
-        greater_is_better=False,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        report_to=[],
-    )
 
 
 def _summarize(

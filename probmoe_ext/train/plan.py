@@ -9,10 +9,11 @@ from itertools import pairwise
 import torch
 
 from probmoe_ext.files import read_json
+from probmoe_ext.train.arguments import accumulation_of, optimizer_steps
+from probmoe_ext.train.beginning import load_beginning
 from probmoe_ext.train.comparison import Comparison, Run
 from probmoe_ext.train.data import load_examples, split_holdout
 from probmoe_ext.train.encode import PadRight, encode, pad_token
-from probmoe_ext.train.finetune import accumulation_of, load_beginning, optimizer_steps
 from probmoe_ext.train.generate import generate_outputs
 from probmoe_ext.train.models import Routing, pick_device
 from probmoe_ext.train.protocols import PROMPTS, ZERO_SHOT, prompt_b

@@ -7,10 +7,11 @@ from typing import Any
 
 from probmoe_ext.files import read_json
 from probmoe_ext.routers import make_router, router_options
+from probmoe_ext.train.arguments import accumulation_of
 from probmoe_ext.train.comparison import COMPARE_FILE, Comparison, Run
 from probmoe_ext.train.data import load_examples
 from probmoe_ext.train.errors import UsageError, nearest
-from probmoe_ext.train.finetune import CONFIG_FILE, accumulation_of
+from probmoe_ext.train.finetune import CONFIG_FILE
 from probmoe_ext.train.models import check_model, check_router, experts_of, load_config_of
 from probmoe_ext.train.options import TrainConfig
 from probmoe_ext.train.tiny import BUILT_IN
