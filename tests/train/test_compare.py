@@ -160,7 +160,7 @@ def test_a_killed_comparison_ends_like_a_whole_one(whole: Path, tmp_path: Path) 
     out, config = tmp_path / "out", written(tmp_path)
     # The common start writes one checkpoint, each run two; a run is evaluated in two batches of three.
     for place, count in (("checkpoint", "3"), ("sample", "5")):
-        command = ["tests.train.workers.killed", place, count, "--config", config, "--output", str(out)]
+        command = ["tests.train.workers.killed", place, count, "compare", "--config", config, "--output", str(out)]
         done = subprocess.run(
             [sys.executable, "-m", *command],
             cwd=ROOT,

@@ -1,7 +1,7 @@
-"""Runs ``probmoe compare`` and kills the process, as `kill -9` does, at a place that a test chooses.
+"""Runs a command of ``probmoe`` and kills the process, as `kill -9` does, at a place that a test chooses.
 
-``python -m tests.train.workers.killed (checkpoint|sample) N ARGUMENTS``: in the N-th checkpoint between the weights and
-the optimizer, or behind the N-th generated sample.
+``python -m tests.train.workers.killed (checkpoint|sample) N COMMAND ARGUMENTS``: in the N-th checkpoint between the
+weights and the optimizer, or before the N-th generated sample is kept.
 """
 
 from __future__ import annotations
@@ -41,4 +41,4 @@ if __name__ == "__main__":
         import probmoe_ext.train.evaluate as evaluate
 
         kill_at(evaluate, "append_line", int(count))
-    sys.exit(main(["compare", *arguments, "--quiet"]))
+    sys.exit(main([*arguments, "--quiet"]))
