@@ -43,6 +43,7 @@ typedef struct block {
   int64_t segments;
   vreal total;          /* Z of the tilted, weighted factors */
   vreal inverse_total;  /* its inverse; NaN for a poisoned row, which so answers NaN */
+  vreal power;          /* plain blocks: w = power e */
   vreal base, exponent; /* of e: its largest is between 0.7 and 1.42, and 0 where all are masked */
   vreal sum;            /* sum of e */
   vreal inverse_sum;    /* its inverse, 0 where all are masked */

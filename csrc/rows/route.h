@@ -113,20 +113,27 @@ typedef struct chosen {
 /* Moves the experts of S from the block, where a factor of 1 is left, to their own: `e`, w and q. */
 PM_ALWAYS_INLINE void choose_experts(const chosen *c, const block *k, const pm_job *job, int64_t row, int64_t rows,
                                      int plain) {
+  const uint64_t E = (uint64_t)k->E;
   const int b = k->b;
   for (int j = 0; j < b; ++j) {
-    real *e = (real *)&c->e[j], *w = (real *)&c->part.w[j], *q = plain ? NULL : (real *)&c->part.q[j];
-    c->e[j] = c->part.w[j] = splat(0);
-    if (!plain) c->part.q[j] = splat(1);
-    const int64_t *choice = job->indices + row * b + j;
-    for (int l = 0; l < rows; ++l, choice += b) {
-      if ((uint64_t)*choice >= (uint64_t)k->E) continue;
-      const int64_t at = *choice * LANES + l;
-      e[l] = ((const real *)k->e)[at];
-      ((real *)k->w)[at] = (w[l] = ((real *)k->w)[at], 0);
-      if (!plain) ((real *)k->q)[at] = (q[l] = ((real *)k->q)[at], 1);
+    c->e[j] = splat(0);
+    if (!plain) c->part.w[j] = splat(0), c->part.q[j] = splat(1);
+  }
+  const int64_t *choice = job->indices + row * b;
+  for (int l = 0; l < rows; ++l, choice += b) {
+    const real *from = (const real *)k->e + l;
+    real *e = (real *)c->e + l, *odds = (real *)k->w + l, *rest = (real *)k->q + l;
+    real *w = (real *)c->part.w + l, *q = (real *)c->part.q + l;
+    for (int j = 0; j < b; ++j) {
+      const uint64_t i = (uint64_t)choice[j];
+      if (i >= E) continue;
+      e[j * LANES] = from[i * LANES];
+      if (!plain) w[j * LANES] = odds[i * LANES], q[j * LANES] = rest[i * LANES], rest[i * LANES] = 1;
+      odds[i * LANES] = 0;
     }
   }
+  if (plain)
+    for (int j = 0; j < b; ++j) c->part.w[j] = c->e[j] * k->power;
 }
 
 /* h s for the experts of S, into c->grad; returns the sum. */
@@ -159,8 +166,8 @@ PM_ALWAYS_INLINE void route_backward_chosen(const pm_job *job, block *k, int64_t
                     .grad = k->direct + b};
   const block *part = &c.part;
   choose_experts(&c, k, job, row, rows, plain);
-  const vreal share = upstream_of(&c, k, job, row, rows) * k->inverse_sum;
   prefix_all(k, plain, 0);
+  const vreal share = upstream_of(&c, k, job, row, rows) * k->inverse_sum;
   const vreal *others = prefix_end(k, 0);
   for (int j = 0; j < b; ++j) part->v[j] = c.grad[j];
   for (int64_t j = 0; j < cells; ++j) {
@@ -177,11 +184,12 @@ PM_ALWAYS_INLINE void route_backward_chosen(const pm_job *job, block *k, int64_t
   for (int64_t i = 0; i < E; ++i) k->v[i] = fma_(k->v[i], k->inverse_total, -k->e[i] * share);
   for (int j = 0; j < b; ++j) part->v[j] = fma_(part->v[j], k->inverse_total, fma_(-c.e[j], share, c.grad[j]));
   store_rows(k->v, lanes_of(wanted), row, E, job->out, job->is_double);
-  for (int j = 0; j < b; ++j) {
-    const int64_t *choice = job->indices + row * b + j;
-    for (int l = 0; l < rows; ++l, choice += b)
-      if (wanted[l] && (uint64_t)*choice < (uint64_t)E)
-        write_(job->out, job->is_double, (row + l) * E + *choice, ((const real *)&part->v[j])[l]);
+  for (unsigned left = lanes_of(wanted); left; left &= left - 1) {
+    const int l = __builtin_ctz(left);
+    const int64_t *choice = job->indices + (row + l) * b;
+    for (int j = 0; j < b; ++j)
+      if ((uint64_t)choice[j] < (uint64_t)E)
+        write_(job->out, job->is_double, (row + l) * E + choice[j], ((const real *)part->v)[j * LANES + l]);
   }
 }
 

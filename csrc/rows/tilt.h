@@ -107,6 +107,7 @@ static vmask tilt_plain(block *k) {
   vreal exponent = exponent_of(power);
   power = select_(tilted, power, power_of_two(clamped));
   exponent = select_(tilted, exponent, clamped);
+  k->power = power;
   for (int j = 0; j < a; ++j) k->sizes[j] = splat(0);
   if (a == b)
     k->sizes[b] = splat(1);
