@@ -6,9 +6,12 @@
  * "Plain" blocks have q_i = 1 and w_i = tilted odds, one multiply-add a cell; general ones have both scaled down
  * (tilt.h). Every function below takes `plain` as a constant and is inlined, so that neither pays for the other.
  *
- * The prefix is kept for a segment of experts at a time, small enough for the cache; the rows before each segment are
- * its checkpoints, from which the way back recomputes it (one segment, when everything fits: then nothing is redone).
- */
+ * Drawing needs the prefix before every expert. The way back takes experts by two, whose factors multiply to
+ *     (q + w X)(q' + w' X) = none + one X + both X^2,
+ * with the same multiply-adds and half the loads and stores, which are what the passes wait for; only the last step
+ * tells the two apart (subset.h). The prefix is kept for a segment of experts at a time, small enough for the cache;
+ * the rows before each segment are its checkpoints, from which the way back recomputes it (one segment, when everything
+ * fits: then nothing is redone). */
 #ifndef PM_ROWS_BLOCK_H
 #define PM_ROWS_BLOCK_H
 
@@ -16,6 +19,12 @@
 
 #include "../kernels.h"
 #include "transfer.h"
+
+/* What a block's table holds: the state before every expert, before every pair, or that and its tangent. */
+typedef enum states { SINGLES, PAIRS, TANGENTS } states;
+
+PM_ALWAYS_INLINE int width_of(states of) { return of == TANGENTS ? 2 : 1; }
+PM_ALWAYS_INLINE int experts_in(states of) { return of == SINGLES ? 1 : 2; }
 
 /* Bytes of prefix table kept at once. Both tables (value and tangent) of (256, 8) fit a second-level cache. */
 #define PM_TABLE_BYTES (320 * 1024)
@@ -25,21 +34,21 @@ typedef struct block {
   int a, b;           /* the band */
   vreal *x;           /* [E] logits */
   vreal *e;           /* [E] exp(x - base) 2^-exponent: the softmax, but for the factor inverse_sum */
-  vreal *w;           /* [E] odds or inclusion probabilities */
-  vreal *q;           /* [E] what is left of 1 in a general block's factor */
+  vreal *w;           /* [E + 1] odds or inclusion probabilities; where E is odd, the last expert's partner has 0 */
+  vreal *q;           /* [E + 1] what is left of 1 in a general block's factor; the partner has 1 */
   vreal *depth;       /* [E + 1] powers of two taken out before each expert (general blocks that draw) */
-  vreal *v;           /* [E] direction of the tangent, then results */
+  vreal *v;           /* [E + 1] direction of the tangent, then results */
   vreal *direct;      /* [E] routing backward: the part of the gradient that needs no recursion */
   vreal *sizes;       /* [b + 1] weight of each size: 1 for exact k, exp(lambda (j - j0)) in a band, 0 below a */
   vreal *top;         /* [b + 1] the largest logits, descending */
   vint *order;        /* [b] experts, by descending logit or in the order of a draw */
-  vreal *draws;       /* [b] uniforms */
+  vreal *draws;       /* [b + 1] uniforms */
   vreal *adjoint;     /* [2 (b + 2)] B and its tangent */
-  vreal *relay;       /* [3 E] from one chunk of columns to the next (subset.h) */
+  vreal *relay;       /* [8][(E + 1) / 2] from one chunk of columns to the next (subset.h) */
   vreal *checkpoints; /* [segments][width (b + 1)] */
-  vreal *table;       /* [segment + 1][width (b + 1)]: the state before each expert, and after the last */
-  vreal *apart;       /* [b + 1][2 (b + 1)] a table for the experts of S alone (route.h), where chosen_fits */
-  int64_t segment;    /* experts in a segment */
+  vreal *table;       /* [states in a segment + 1][width (b + 1)] */
+  vreal *apart;       /* [(b + 1) / 2 + 1][2 (b + 1)] a table for the experts of S alone (route.h), where chosen_fits */
+  int64_t segment;    /* experts in a segment: a whole number of pairs, but for the last */
   int64_t segments;
   vreal total;          /* Z of the tilted, weighted factors */
   vreal inverse_total;  /* its inverse; NaN for a poisoned row, which so answers NaN */
@@ -58,7 +67,8 @@ typedef struct block {
   vreal least_total;    /* ... and the Z beside which that is negligible */
 } block;
 
-PM_ALWAYS_INLINE int64_t segment_length(int64_t E, int64_t b, int width) {
+/* States in a segment. */
+PM_ALWAYS_INLINE int64_t segment_states(int64_t E, int64_t b, int width) {
   const int64_t row = (b + 1) * width * (int64_t)sizeof(vreal);
   int64_t length = PM_TABLE_BYTES / row;
   const int64_t least = 32; /* checkpoints must not outgrow the table they save */
@@ -70,36 +80,36 @@ PM_ALWAYS_INLINE int64_t segment_length(int64_t E, int64_t b, int width) {
 PM_ALWAYS_INLINE int chosen_fits(int64_t E, int64_t b) { return 2 * b <= E && b <= 32; }
 
 static size_t block_bytes(int64_t E, int64_t b) {
-  const int64_t segment = segment_length(E, b, 2), segments = (E + segment - 1) / segment;
-  const int64_t vectors = 10 * E + 1 + 2 * (b + 1) + 2 * b + 2 * (b + 2) + 2 * (b + 1) * (segments + segment + 1) +
-                          (chosen_fits(E, b) ? 2 * (b + 1) * (b + 1) : 0);
+  const int64_t length = segment_states(E, b, 2), segments = (E + length - 1) / length;
+  const int64_t vectors = 7 * (E + 1) + 2 * (b + 1) + 2 * (b + 1) + 2 * (b + 2) + 4 * (E + 1) +
+                          2 * (b + 1) * (segments + length + 1) + (chosen_fits(E, b) ? (b + 4) * (b + 1) : 0);
   return (size_t)vectors * sizeof(vreal) + sizeof(vreal);
 }
 
-/* Lays a block out in the scratch; `width` is 1, or 2 to carry tangents. */
-static void block_begin(block *k, const pm_job *job, int width) {
+/* Lays a block out in the scratch. */
+static void block_begin(block *k, const pm_job *job, states of) {
   vreal *next = (vreal *)(((uintptr_t)job->scratch + sizeof(vreal) - 1) & ~(uintptr_t)(sizeof(vreal) - 1));
   const int64_t E = job->shape.experts, b = job->shape.k_max;
   k->E = E;
   k->a = (int)job->shape.k_min;
   k->b = (int)b;
-  k->segment = segment_length(E, b, width);
+  k->segment = segment_states(E, b, width_of(of)) * experts_in(of);
   k->segments = (E + k->segment - 1) / k->segment;
   k->x = next, next += E;
   k->e = next, next += E;
-  k->w = next, next += E;
-  k->q = next, next += E;
+  k->w = next, next += E + 1;
+  k->q = next, next += E + 1;
   k->depth = next, next += E + 1;
-  k->v = next, next += E;
+  k->v = next, next += E + 1;
   k->direct = next, next += E;
   k->sizes = next, next += b + 1;
   k->top = next, next += b + 1;
   k->order = (vint *)next, next += b;
-  k->draws = next, next += b;
+  k->draws = next, next += b + 1;
   k->adjoint = next, next += 2 * (b + 2);
-  k->relay = next, next += 3 * E;
-  k->checkpoints = next, next += k->segments * width * (b + 1);
-  k->table = next, next += (k->segment + 1) * width * (b + 1);
+  k->relay = next, next += 4 * (E + 1);
+  k->checkpoints = next, next += k->segments * width_of(of) * (b + 1);
+  k->table = next, next += ((k->segment < E ? k->segment : E) / experts_in(of) + 2) * width_of(of) * (b + 1);
   k->apart = next;
 }
 

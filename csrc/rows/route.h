@@ -26,17 +26,17 @@ PM_ALWAYS_INLINE void write_route(const block *k, const pm_job *job, int64_t row
 PM_ALWAYS_INLINE void route_sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                         int plain) {
   (void)rows;
-  prefix_all(k, plain, 0);
+  prefix_all(k, plain, SINGLES);
   draw(k, job, (uint64_t)(job->shape.first_row + row), wanted, plain);
   write_route(k, job, row, wanted);
 }
 
-PM_ROW_KERNEL(route_sample, 1, 1)
+PM_ROW_KERNEL(route_sample, SINGLES, 1)
 
 /* The mode: the clamped count of positive logits, along the descending order. */
 static pm_status mode_rows(const pm_job *job) {
   block k;
-  block_begin(&k, job, 1);
+  block_begin(&k, job, SINGLES);
   vmask infeasible = {0};
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
@@ -166,21 +166,24 @@ PM_ALWAYS_INLINE void route_backward_chosen(const pm_job *job, block *k, int64_t
                     .grad = k->direct + b};
   const block *part = &c.part;
   choose_experts(&c, k, job, row, rows, plain);
-  prefix_all(k, plain, 0);
+  prefix_all(k, plain, PAIRS);
   const vreal share = upstream_of(&c, k, job, row, rows) * k->inverse_sum;
-  const vreal *others = prefix_end(k, 0);
+  const vreal *others = prefix_end(k, PAIRS);
   for (int j = 0; j < b; ++j) part->v[j] = c.grad[j];
+  part->w[b] = part->v[b] = splat(0); /* the last one's partner, where b is odd */
+  if (!plain) part->q[b] = splat(1);
   for (int64_t j = 0; j < cells; ++j) {
     part->table[j] = others[j];
     part->table[cells + j] = splat(0);
   }
-  PM_FORM(prefix, plain, 1)(part, 0, b);
-  sum_sizes(k, part->table + b * 2 * cells);
-  begin_adjoint(k, part->table + b * 2 * cells);
-  PM_FORM(adjoint, plain, 1)(part, 0, b);
+  prefix_states(part, 0, b, plain, TANGENTS);
+  const vreal *end = part->table + states_of(b, TANGENTS) * 2 * cells;
+  sum_sizes(k, end);
+  begin_adjoint(k, end);
+  adjoint_states(part, 0, b, plain, TANGENTS);
   /* From here on no expert has a tangent: that of B goes the way of B itself. */
   for (int64_t j = 0; j < cells; ++j) k->adjoint[j] = k->adjoint[cells + j];
-  adjoint_all(k, plain, 0);
+  adjoint_all(k, plain, PAIRS);
   for (int64_t i = 0; i < E; ++i) k->v[i] = fma_(k->v[i], k->inverse_total, -k->e[i] * share);
   for (int j = 0; j < b; ++j) part->v[j] = fma_(part->v[j], k->inverse_total, fma_(-c.e[j], share, c.grad[j]));
   store_rows(k->v, lanes_of(wanted), row, E, job->out, job->is_double);
@@ -221,6 +224,6 @@ PM_ALWAYS_INLINE void route_backward_body(const pm_job *job, block *k, int64_t r
   store_rows(k->v, lanes_of(wanted), row, E, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(route_backward, 2, 0)
+PM_ROW_KERNEL(route_backward, TANGENTS, 0)
 
 #endif

@@ -142,7 +142,7 @@ static void choose_by_steps(const block *k, const vreal *table, int64_t begin, i
  * from `first`. Needs the last segment's table; overwrites `top`, and with several segments the table. */
 PM_ALWAYS_INLINE void draw(block *k, const pm_job *job, uint64_t first, vmask wanted, int plain) {
   const int b = k->b;
-  const vreal *end = prefix_end(k, 0);
+  const vreal *end = prefix_end(k, SINGLES);
   const vmask drawable = ~k->poison & (vmask)(k->total > splat(0));
   const vint size = int_select_(drawable, draw_size(k, end, job->seed, first), splat_bits(b));
   uniforms(job->seed, first, b, PM_DRAW_ITEM, k->top);
@@ -158,7 +158,7 @@ PM_ALWAYS_INLINE void draw(block *k, const pm_job *job, uint64_t first, vmask wa
   for (int j = 0; j < b; ++j) k->order[j] = int_select_((vmask)(size > j), splat_bits(j), splat_bits((bits)k->E));
   for (int64_t s = k->segments - 1; s >= 0; --s) {
     const int64_t begin = s * k->segment, stop = s + 1 == k->segments ? k->E : begin + k->segment;
-    prefix_segment(k, s, plain, 0);
+    prefix_segment(k, s, plain, SINGLES);
     if (plain || k->by_powers)
       choose_by_count(k, k->table, begin, stop - begin, &at, plain);
     else
@@ -170,15 +170,15 @@ PM_ALWAYS_INLINE void sample_body(const pm_job *job, block *k, int64_t row, int6
   (void)rows;
   for (int64_t n = 0; n < job->samples; ++n) {
     if (n == 0)
-      prefix_all(k, plain, 0);
+      prefix_all(k, plain, SINGLES);
     else if (k->segments > 1)
-      compute_segment(k, k->segments - 1, plain, 0);
+      compute_segment(k, k->segments - 1, plain, SINGLES);
     const int64_t number = n * job->sample_stride + row;
     draw(k, job, (uint64_t)(job->shape.first_row + number), wanted, plain);
     store_indices(k->order, lanes_of(wanted), number, k->b, job->out_indices);
   }
 }
 
-PM_ROW_KERNEL(sample, 1, 1)
+PM_ROW_KERNEL(sample, SINGLES, 1)
 
 #endif

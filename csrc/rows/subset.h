@@ -4,58 +4,94 @@
 
 #include "tilt.h"
 
-/* Back over the experts of a segment, for the columns done+1 .. done+columns of B, leaving in v[i] the unscaled
- *   value:    w_i sum_j A_{i-1}[j] B_{i+1}[j+1]                                         (marginals)
- *   tangent:  w_i sum_j A_{i-1}[j] (dB_{i+1}[j+1] + v_i B_{i+1}[j+1]) + dA_{i-1}[j] B_{i+1}[j+1]   (covariance)
- * `adjoint` holds B_{end+1}, and with a tangent dB_{end+1}, on entry, and the same of `begin` on return. The chunks of
- * columns are taken from the highest down; `relay` carries to the next the column above it, and the sums. */
+/* What a pair's two experts have in common, from the state A before it and B after it, a column at a time:
+ *     one  = sum_j A[j] B[j+1]            the derivative of Z by the pair's coefficient of X,
+ *     both = sum_j A[j] B[j+2]            ... of X^2,
+ * and the derivatives of these along the tangent. */
+typedef struct meeting {
+  vreal one, both, one_slope, both_slope;
+} meeting;
+
+/* From one chunk of columns to the next: the sums so far, and the lowest columns of B before the pair changes them. */
+typedef struct relayed {
+  meeting sum;
+  vreal B[2], dB[2];
+} relayed;
+
+/* w_i dZ/dw_i of the pair's experts, or with a tangent its derivative, w and q being constants of it. */
+PM_ALWAYS_INLINE void part_pair(const block *k, int64_t i, const meeting *m, int plain, int tangent) {
+  const vreal w = k->w[i], w2 = k->w[i + 1], v = k->v[i], v2 = k->v[i + 1];
+  vreal one = m->one, one2 = m->one, both = m->both;
+  if (tangent) {
+    one = fma_(v, m->one, m->one_slope);
+    one2 = fma_(v2, m->one, m->one_slope);
+    both = fma_(v + v2, m->both, m->both_slope);
+  }
+  k->v[i] = w * fma_(w2, both, plain ? one : k->q[i + 1] * one);
+  if (i + 1 < k->E) k->v[i + 1] = w2 * fma_(w, both, plain ? one2 : k->q[i] * one2);
+}
+
+/* Back over the experts of a segment, a pair at a time, for the columns done+1 .. done+columns of B, leaving the
+ * unscaled results in v. `adjoint` holds B after the segment, and with a tangent dB, on entry, and before it on return.
+ * The chunks of columns are taken from the highest down. */
 PM_ALWAYS_INLINE void adjoint_columns(const block *k, int64_t begin, int64_t experts, int done, int columns, int plain,
                                       int tangent) {
   const int64_t cells = (int64_t)(k->b + 1) * (tangent ? 2 : 1), beside = k->b + 1;
+  const int64_t pairs = (experts + 1) / 2;
   const int highest = done + columns == k->b, lowest = done == 0;
+  const vreal zero = splat(0);
   vreal *state = k->adjoint + done + 1;
-  vreal *relayed_sum = k->relay, *relayed_B = k->relay + k->E, *relayed_inner = k->relay + 2 * k->E;
-  vreal B[PM_CHUNK], dB[PM_CHUNK];
+  relayed *relay = (relayed *)k->relay + begin / 2 + pairs;
+  vreal B[PM_CHUNK + 2], dB[PM_CHUNK + 2];
 #pragma GCC unroll 8
   for (int c = 0; c < columns; ++c) {
     B[c] = state[c];
     if (tangent) dB[c] = state[beside + c];
   }
-  const vreal *A = k->table + experts * cells + done, *dA = A + beside;
-  for (int64_t i = begin + experts - 1; i >= begin; --i) {
-    A -= cells, dA -= cells;
-    const vreal w = k->w[i], q = plain ? w : k->q[i], v = tangent ? k->v[i] : w;
-    vreal even = highest ? splat(0) : relayed_sum[i], odd = splat(0), lower = B[0], inner = splat(0);
-    /* From below: column c is done with when c - 1 has taken from it. */
-#pragma GCC unroll 8
-    for (int c = 0; c < columns; ++c) {
-      vreal *sum = c & 1 ? &odd : &even;
-      const int one = plain && lowest && c == 0; /* A[0] is 1, and dA[0] is 0 */
-      const vreal this_inner = tangent ? fma_(v, B[c], dB[c]) : B[c];
-      *sum = one ? *sum + this_inner : fma_(A[c], this_inner, *sum);
-      if (tangent && !one) *sum = fma_(dA[c], B[c], *sum);
-      if (c == 0) inner = this_inner;
-      if (c > 0) {
-        if (tangent) dB[c - 1] = fma_(w, this_inner, plain ? dB[c - 1] : q * dB[c - 1]);
-        B[c - 1] = fma_(w, B[c], plain ? B[c - 1] : q * B[c - 1]);
+  B[columns] = B[columns + 1] = dB[columns] = dB[columns + 1] = zero;
+  const vreal *A = k->table + pairs * cells + done, *dA = A + beside;
+  for (int64_t i = begin + 2 * (pairs - 1); i >= begin; i -= 2) {
+    A -= cells, dA -= cells, --relay;
+    const pair f = pair_at(k, i, plain), df = tangent ? pair_slope(k, i, plain) : f;
+    meeting m = {zero, zero, zero, zero};
+    if (!highest) {
+      m = relay->sum;
+      for (int above = 0; above < 2; ++above) {
+        B[columns + above] = relay->B[above];
+        if (tangent) dB[columns + above] = relay->dB[above];
       }
     }
-    const int top = columns - 1;
-    if (!plain) {
-      B[top] = q * B[top];
-      if (tangent) dB[top] = q * dB[top];
+    if (!lowest)
+      for (int low = 0; low < 2; ++low) {
+        relay->B[low] = B[low];
+        if (tangent) relay->dB[low] = dB[low];
+      }
+    /* From below: column c is done with when the two below it have taken from it. */
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) {
+      const int one_is_1 = plain && lowest && c == 0; /* A[0] is 1, and dA[0] is 0 */
+      const int none_above = highest && c + 1 == columns;
+      m.one = one_is_1 ? m.one + B[c] : fma_(A[c], B[c], m.one);
+      if (!none_above) m.both = one_is_1 ? m.both + B[c + 1] : fma_(A[c], B[c + 1], m.both);
+      if (tangent) {
+        m.one_slope = one_is_1 ? m.one_slope + dB[c] : fma_(A[c], dB[c], fma_(dA[c], B[c], m.one_slope));
+        if (!none_above)
+          m.both_slope =
+              one_is_1 ? m.both_slope + dB[c + 1] : fma_(A[c], dB[c + 1], fma_(dA[c], B[c + 1], m.both_slope));
+        vreal sum = plain ? dB[c] : f.none * dB[c];
+        if (!none_above) sum = fma_(df.one, B[c + 1], fma_(f.one, dB[c + 1], sum));
+        if (!(highest && c + 2 >= columns)) sum = fma_(df.both, B[c + 2], fma_(f.both, dB[c + 2], sum));
+        dB[c] = sum;
+      }
+      vreal sum = plain ? B[c] : f.none * B[c];
+      if (!none_above) sum = fma_(f.one, B[c + 1], sum);
+      if (!(highest && c + 2 >= columns)) sum = fma_(f.both, B[c + 2], sum);
+      B[c] = sum;
     }
-    if (!highest) {
-      if (tangent) dB[top] = fma_(w, relayed_inner[i], dB[top]);
-      B[top] = fma_(w, relayed_B[i], B[top]);
-    }
-    if (lowest) {
-      k->v[i] = w * (even + odd);
-    } else {
-      relayed_sum[i] = even + odd;
-      relayed_B[i] = lower;
-      if (tangent) relayed_inner[i] = inner;
-    }
+    if (lowest)
+      part_pair(k, i, &m, plain, tangent);
+    else
+      relay->sum = m;
   }
 #pragma GCC unroll 8
   for (int c = 0; c < columns; ++c) {
@@ -78,16 +114,23 @@ PM_ALWAYS_INLINE void adjoint_columns(const block *k, int64_t begin, int64_t exp
 #define PM_ADJOINT_CALL_11(n) adjoint_columns(k, begin, experts, done, n, 1, 1)
 
 PM_ADJOINT_FORM(adjoint_general, 0, 0)
-PM_ADJOINT_FORM(adjoint_general_tangent, 0, 1)
+PM_ADJOINT_FORM(adjoint_general_tangents, 0, 1)
 PM_ADJOINT_FORM(adjoint_plain, 1, 0)
-PM_ADJOINT_FORM(adjoint_plain_tangent, 1, 1)
+PM_ADJOINT_FORM(adjoint_plain_tangents, 1, 1)
 
-PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, int tangent) {
+PM_ALWAYS_INLINE void adjoint_states(const block *k, int64_t begin, int64_t experts, int plain, states of) {
+  if (of == TANGENTS)
+    (plain ? adjoint_plain_tangents : adjoint_general_tangents)(k, begin, experts);
+  else
+    (plain ? adjoint_plain : adjoint_general)(k, begin, experts);
+}
+
+PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, states of) {
   if (k->b == 0) /* no column to go over */
     for (int64_t i = 0; i < k->E; ++i) k->v[i] = splat(0);
   for (int64_t s = k->segments - 1; s >= 0; --s) {
-    prefix_segment(k, s, plain, tangent);
-    PM_FORM(adjoint, plain, tangent)(k, s * k->segment, segment_experts(k, s));
+    prefix_segment(k, s, plain, of);
+    adjoint_states(k, s * k->segment, segment_experts(k, s), plain, of);
   }
 }
 
@@ -95,14 +138,14 @@ PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, int tangent) {
 
 PM_ALWAYS_INLINE void marginals_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
   (void)rows;
-  prefix_all(k, plain, 0);
+  prefix_all(k, plain, PAIRS);
   memcpy(k->adjoint, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
-  adjoint_all(k, plain, 0);
+  adjoint_all(k, plain, PAIRS);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
   store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(marginals, 1, 0)
+PM_ROW_KERNEL(marginals, PAIRS, 0)
 
 /* ---- covariance-vector product ------------------------------------------------------------------------------ */
 
@@ -134,9 +177,9 @@ PM_ALWAYS_INLINE void multiply_covariance(block *k, const vreal *direction, int 
     centre = select_((vmask)(mass > splat(0)), moment / mass, splat(0));
   }
   for (int64_t i = 0; i < E; ++i) k->v[i] = direction[i] - centre;
-  prefix_all(k, plain, 1);
-  begin_adjoint(k, prefix_end(k, 1));
-  adjoint_all(k, plain, 1);
+  prefix_all(k, plain, TANGENTS);
+  begin_adjoint(k, prefix_end(k, TANGENTS));
+  adjoint_all(k, plain, TANGENTS);
 }
 
 PM_ALWAYS_INLINE void covariance_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
@@ -147,7 +190,7 @@ PM_ALWAYS_INLINE void covariance_body(const pm_job *job, block *k, int64_t row, 
   store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(covariance, 2, 0)
+PM_ROW_KERNEL(covariance, TANGENTS, 0)
 
 /* ---- scalars of a row: double precision only ----------------------------------------------------------------- */
 #if PM_REAL_BITS == 64
@@ -179,7 +222,7 @@ static double sum_of(double above, double n, double pivot, double rest) {
 
 PM_ALWAYS_INLINE void log_partition_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                          int plain) {
-  prefix_all(k, plain, 0);
+  prefix_all(k, plain, PAIRS);
   vreal above = splat(0), lost = splat(0), count = splat(0), normaliser = splat(0);
   if (!plain) {
     /* log Z = j0 lambda + sum of (r_i - lambda) over r_i > lambda + log normaliser + log total: the logits above the
@@ -206,7 +249,7 @@ PM_ALWAYS_INLINE void log_partition_body(const pm_job *job, block *k, int64_t ro
   }
 }
 
-PM_ROW_KERNEL(log_partition, 1, 0)
+PM_ROW_KERNEL(log_partition, PAIRS, 0)
 
 /* P(|S| = j) of the block, into `top` (no longer needed for the pivot). */
 static void size_probabilities(block *k, const vreal *end) {
@@ -217,38 +260,38 @@ PM_ALWAYS_INLINE void cardinality_body(const pm_job *job, block *k, int64_t row,
                                        int plain) {
   (void)rows;
   const int64_t width = k->b - k->a + 1;
-  prefix_all(k, plain, 0);
-  size_probabilities(k, prefix_end(k, 0));
+  prefix_all(k, plain, PAIRS);
+  size_probabilities(k, prefix_end(k, PAIRS));
   for (int64_t j = 0; j < width; ++j) k->top[j] = select_(k->poison, splat((real)NAN), k->top[j]);
   store_rows(k->top, lanes_of(wanted), row, width, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(cardinality, 1, 0)
+PM_ROW_KERNEL(cardinality, PAIRS, 0)
 
 /* sum_j g_j dP(j)/dr_i = w_i sum_j A_{i-1}[j] B_{i+1}[j+1] / Z with the sizes weighed by g_j - sum_j' g_j' P(j'). */
 PM_ALWAYS_INLINE void cardinality_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                                 int plain) {
   const int64_t width = k->b - k->a + 1;
   const source grad = {job->vector, width, job->is_double};
-  prefix_all(k, plain, 0);
-  size_probabilities(k, prefix_end(k, 0));
+  prefix_all(k, plain, PAIRS);
+  size_probabilities(k, prefix_end(k, PAIRS));
   vreal *g = k->adjoint + k->a, mean = splat(0);
   load_rows(&grad, row, rows, width, g);
   for (int64_t j = 0; j < width; ++j) mean = fma_(g[j], k->top[j], mean);
   for (int64_t j = 0; j < width; ++j) g[j] = (g[j] - mean) * k->sizes[k->a + j];
   for (int64_t j = 0; j < k->a; ++j) k->adjoint[j] = splat(0);
-  adjoint_all(k, plain, 0);
+  adjoint_all(k, plain, PAIRS);
   for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
   store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
-PM_ROW_KERNEL(cardinality_backward, 1, 0)
+PM_ROW_KERNEL(cardinality_backward, PAIRS, 0)
 
 /* H = log Z - sum m_i r_i, rearranged with x_i = r_i - lambda so that no two large terms meet:
  *   sum_i [log(1 + exp(-|x_i|)) + (x_i > 0 ? P(i not in S) x_i : -P(i in S) x_i)] + log total + lambda (j0 - E|S|). */
 static void entropy_general(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {
-  prefix_all(k, 0, 0);
-  const vreal *end = prefix_end(k, 0);
+  prefix_all(k, 0, SINGLES);
+  const vreal *end = prefix_end(k, SINGLES);
   vreal drift = splat(0); /* j0 - E|S| */
   for (int j = k->a; j <= k->b; ++j)
     for (int l = 0; l < LANES; ++l) drift[l] += ((int)k->base_size[l] - j) * (k->sizes[j][l] * end[j][l] / k->total[l]);
@@ -258,7 +301,7 @@ static void entropy_general(const pm_job *job, block *k, int64_t row, int64_t ro
   memcpy(B, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
   for (int64_t s = k->segments - 1; s >= 0; --s) {
     const int64_t begin = s * k->segment, stop = s + 1 == k->segments ? k->E : begin + k->segment;
-    prefix_segment(k, s, 0, 0);
+    prefix_segment(k, s, 0, SINGLES);
     for (int64_t i = stop - 1; i >= begin; --i) {
       const vreal *A = k->table + (i - begin) * (k->b + 1);
       const vreal x = (k->x[i] - k->pivot) - k->offset;
@@ -281,12 +324,12 @@ static void entropy_general(const pm_job *job, block *k, int64_t row, int64_t ro
     }
 }
 
-static pm_status entropy_rows(const pm_job *job) { return for_each_block(job, 1, 0, NULL, entropy_general); }
+static pm_status entropy_rows(const pm_job *job) { return for_each_block(job, SINGLES, 0, NULL, entropy_general); }
 
 /* log P(S) = sum over S of r - log Z, with x_i = r_i - lambda and log Z as above:
  *   sum over S of min(x_i, 0) - sum over the others of max(x_i, 0) - log normaliser - log total + lambda (|S| - j0). */
 static void log_prob_general(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {
-  prefix_all(k, 0, 0);
+  prefix_all(k, 0, PAIRS);
   const vreal normaliser = log_normaliser(k);
   for (int l = 0; l < LANES && l < rows; ++l) {
     if (!wanted[l]) continue;
@@ -310,7 +353,7 @@ static void log_prob_general(const pm_job *job, block *k, int64_t row, int64_t r
   }
 }
 
-static pm_status log_prob_rows(const pm_job *job) { return for_each_block(job, 1, 0, NULL, log_prob_general); }
+static pm_status log_prob_rows(const pm_job *job) { return for_each_block(job, PAIRS, 0, NULL, log_prob_general); }
 
 #endif
 #endif

@@ -51,6 +51,8 @@ static void block_load(block *k, const pm_job *job, int64_t row, int64_t rows) {
   const source in = {job->logits, job->shape.stride, job->is_double};
   const int64_t E = k->E;
   load_rows(&in, row, rows, E, k->x);
+  k->w[E] = k->v[E] = splat(0); /* the last one's partner, where E is odd */
+  k->q[E] = splat(1);
   vreal largest = splat(-(real)INFINITY), finite = splat(0); /* 0 as long as every logit is a finite number */
   for (int64_t i = 0; i < E; ++i) {
     largest = max_(k->x[i], largest);
@@ -275,10 +277,10 @@ static void tilt_general(block *k, int by_powers) {
  * replaces the first. Either way a row is answered from its own numbers alone. */
 typedef void (*block_body)(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted);
 
-PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, int by_powers, block_body plain_body,
+PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, states of, int by_powers, block_body plain_body,
                                           block_body general_body) {
   block k;
-  block_begin(&k, job, width);
+  block_begin(&k, job, of);
   const int plain = plain_body && plain_is_possible(k.b);
   if (plain) prepare_plain(&k);
   vmask infeasible = {0};
@@ -303,7 +305,7 @@ PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, int by_p
 }
 
 /* name_rows(job) from name_body(job, block, row, rows, wanted, plain). */
-#define PM_ROW_KERNEL(name, width, by_powers)                                                        \
+#define PM_ROW_KERNEL(name, of, by_powers)                                                           \
   static void name##_plain(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted) {   \
     name##_body(job, k, row, rows, wanted, 1);                                                       \
   }                                                                                                  \
@@ -311,7 +313,7 @@ PM_ALWAYS_INLINE pm_status for_each_block(const pm_job *job, int width, int by_p
     name##_body(job, k, row, rows, wanted, 0);                                                       \
   }                                                                                                  \
   static pm_status name##_rows(const pm_job *job) {                                                  \
-    return for_each_block(job, width, by_powers, name##_plain, name##_general);                      \
+    return for_each_block(job, of, by_powers, name##_plain, name##_general);                         \
   }
 
 #endif
