@@ -4,7 +4,7 @@
 #   tools/gpu_check.sh [--dry-run] [NAME]
 #
 # Uses the torch of $PYTHON (default: python3) and the nvcc on the PATH or in CUDA_HOME; no network. What the machine
-# lacks beside those (compute-sanitizer, ncu, mpmath) is named and left out. Results: benchmarks/results/NAME.json and
+# lacks beside those (compute-sanitizer, ncu) is named and left out. Results: benchmarks/results/NAME.json and
 # .md (NAME: the GPU's). --dry-run prints the commands instead of running them, but for the benchmarks, which run at toy
 # size on the CPU.
 set -euo pipefail
