@@ -10,7 +10,13 @@
  *     p_m = q_m (1 - A / tau) + A / tau (B (g_m - C) + Q)                Q = sum of q_i b_i.
  * It needs the c of every round, last round first. The forward pass is therefore run again, keeping them for a segment
  * of rounds at a time (all of them while they fit the cache) and x before each segment: nothing is kept between
- * forward and backward but the keys. Inside, x is in units of tau log 2, so that softmax takes powers of two. */
+ * forward and backward but the keys. Inside, x is in units of tau log 2, so that softmax takes powers of two.
+ *
+ * Where 1 / tau is a small whole number n, and a row's keys lie close enough together, a round needs neither power nor
+ * logarithm: with w = exp(x / tau), a = w / sum(w), and w (1 - a)^n is what the next round begins with; for m, 1 - a is
+ * the share of the others. No w of an expert that has not led a round falls by more than 2^n a round, so that what the
+ * keys span, and n a round, decide by the row whether all stay in range. What has led may underflow: its a is then less
+ * than that of any other by as much. */
 #ifndef PM_ROWS_RELAXED_H
 #define PM_ROWS_RELAXED_H
 
@@ -28,10 +34,11 @@ static int64_t rounds_in_segment(int64_t E, int64_t k) {
 
 static size_t gumbel_bytes(int64_t E, int64_t k) {
   const int64_t length = rounds_in_segment(E, k > 0 ? k : 1), segments = (k + length - 1) / length;
-  return (size_t)((4 + length + segments) * pitch(E) + 4 * length + 2 * k + 1) * sizeof(vreal);
+  return (size_t)((6 + length + segments) * pitch(E) + 4 * length + 2 * k + 1) * sizeof(vreal);
 }
 
-/* What is known of x before a round: the largest entry, where it is, and the largest of the others. */
+/* What is known of x before a round: the largest entry, where it is, and the largest of the others; of weights in place
+ * of x, the sum of the others. */
 typedef struct leaders {
   vreal first, second;
   vmask at;
@@ -114,6 +121,85 @@ PM_ALWAYS_INLINE round_of play_round(vreal *x, int64_t E, vreal unit, leaders *l
   return r;
 }
 
+/* ---- rounds on weights --------------------------------------------------------------------------------------- */
+
+#define PM_MOST_POWER 4
+#if PM_REAL_BITS == 32
+#define PM_WEIGHTS_SPAN 110 /* bits, of the 126 below 1 */
+#else
+#define PM_WEIGHTS_SPAN 1000
+#endif
+
+/* n = 1 / tau if that is a whole number up to PM_MOST_POWER, else 0. */
+static int power_of(double temperature) {
+  const double n = 1 / temperature, whole = (double)(int64_t)(n + 0.5);
+  return whole >= 1 && whole <= PM_MOST_POWER && fabs(n - whole) <= 1e-12 * n ? (int)whole : 0;
+}
+
+PM_ALWAYS_INLINE void meet_weight(leaders *lead, vreal w, vmask i) {
+  const vmask above = (vmask)(w > lead->first);
+  lead->second += min_(w, lead->first);
+  lead->first = max_(w, lead->first);
+  lead->at = (above & i) | (~above & lead->at);
+}
+
+static leaders find_weights(const vreal *w, int64_t E) {
+  leaders lead = {.at = {0}};
+  lead.first = lead.second = splat(0);
+  for (int64_t i = 0; i < E; ++i) meet_weight(&lead, w[i], (vmask){0} + (bits)i);
+  return lead;
+}
+
+/* The weights of keys x, the largest of them 1, and the lanes in which k rounds keep them in range. */
+static vmask weigh_keys(const vreal *x, int64_t E, int k, vreal unit, int power, vreal *w) {
+  const vreal infinity = splat((real)INFINITY);
+  vreal most = -infinity, least = infinity;
+  for (int64_t i = 0; i < E; ++i) {
+    most = max_(x[i], most);
+    least = min_(select_((vmask)(x[i] == -infinity), infinity, x[i]), least);
+  }
+  const vmask near = (vmask)((most - least) * unit <= splat((real)(PM_WEIGHTS_SPAN - power * k)));
+  if (any(near))
+    for (int64_t i = 0; i < E; ++i) w[i] = exp2_(select_(near, (x[i] - most) * unit, splat(0)));
+  return near;
+}
+
+PM_ALWAYS_INLINE vreal raise(vreal x, int power) {
+  vreal y = x;
+  if (power == 2) return x * x;
+  for (int n = 1; n < power; ++n) y *= x;
+  return y;
+}
+
+/* play_round on weights: those of the round to `weights`, unless it is NULL. */
+PM_ALWAYS_INLINE round_of play_weights(vreal *w, int64_t E, int power, leaders *lead, vreal *weights, vreal *result,
+                                       int last) {
+  const vreal first = lead->first, others = lead->second, one = splat(1), inverse = one / (first + others);
+  round_of r;
+  r.at = lead->at;
+  r.share = first * inverse, r.rest = others * inverse;
+  r.scale = select_((vmask)(others > splat(0)), one / others, splat(0));
+  for (int l = 0; l < LANES; ++l) w[r.at[l]][l] = 0;
+  *lead = (leaders){.at = {0}};
+  for (int64_t i = 0; i < E; ++i) {
+    const vreal before = w[i], a = before * inverse;
+    if (weights) weights[i] = before;
+    if (result) result[i] += a;
+    if (last) continue;
+    w[i] = before * raise(one - a, power);
+    meet_weight(lead, w[i], (vmask){0} + (bits)i);
+  }
+  if (result)
+    for (int l = 0; l < LANES; ++l) result[r.at[l]][l] += r.share[l];
+  if (last) return r;
+  const vreal own = first * raise(r.rest, power);
+  for (int l = 0; l < LANES; ++l) w[r.at[l]][l] = own[l];
+  meet_weight(lead, own, r.at);
+  return r;
+}
+
+/* ---- forward ------------------------------------------------------------------------------------------------- */
+
 static void answer_poison(const keyed *d, vreal *out) {
   if (any(d->poison))
     for (int64_t i = 0; i < d->E; ++i) out[i] = select_(d->poison, splat((real)NAN), out[i]);
@@ -130,12 +216,28 @@ static void store_keys(const keyed *d, const pm_job *job, int64_t row, int64_t r
   }
 }
 
+/* The sum of all rounds from keys x (or, with a power, their weights), which are used up. */
+static void play_keys(vreal *x, int64_t E, int k, vreal unit, vreal *weights, vreal *result) {
+  leaders lead = scale_keys(x, E, unit);
+  for (int64_t i = 0; i < E; ++i) result[i] = splat(0);
+  for (int t = 0; t + 1 < k; ++t) play_round(x, E, unit, &lead, weights, result, 0);
+  if (k > 0) play_round(x, E, unit, &lead, weights, result, 1);
+}
+
+static void play_powers(vreal *w, int64_t E, int k, int power, vreal *result) {
+  leaders lead = find_weights(w, E);
+  for (int64_t i = 0; i < E; ++i) result[i] = splat(0);
+  for (int t = 0; t + 1 < k; ++t) play_weights(w, E, power, &lead, NULL, result, 0);
+  if (k > 0) play_weights(w, E, power, &lead, NULL, result, 1);
+}
+
 static pm_status relaxed_top_k_rows(const pm_job *job) {
   const vreal unit = splat((real)(1.44269504088896341 / job->temperature));
+  const int power = power_of(job->temperature);
   keyed d;
   keyed_begin(&d, job);
-  const int64_t E = d.E;
-  vreal *result = d.next, *weights = result + pitch(E);
+  const int64_t E = d.E, step = pitch(E);
+  vreal *result = d.next, *general = result + step, *weights = general + step;
   vmask infeasible = {0};
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
@@ -143,16 +245,20 @@ static pm_status relaxed_top_k_rows(const pm_job *job) {
     keyed_load(&d, job, row, rows);
     infeasible |= d.infeasible;
     perturb(&d, job, row);
-    for (int64_t i = 0; i < E; ++i) result[i] = splat(0);
     if (job->keys) store_keys(&d, job, row, rows, wanted);
-    leaders lead = scale_keys(d.x, E, unit);
-    for (int t = 0; t + 1 < d.k; ++t) play_round(d.x, E, unit, &lead, weights, result, 0);
-    if (d.k > 0) play_round(d.x, E, unit, &lead, weights, result, 1);
+    const vmask near = power ? weigh_keys(d.x, E, d.k, unit, power, weights) : (vmask){0};
+    if (any(near)) play_powers(weights, E, d.k, power, result);
+    if (any(~near)) {
+      play_keys(d.x, E, d.k, unit, weights, general);
+      for (int64_t i = 0; i < E; ++i) result[i] = select_(near, result[i], general[i]);
+    }
     answer_poison(&d, result);
     store_rows(result, wanted, row, E, job->out, job->is_double);
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;
 }
+
+/* ---- backward ------------------------------------------------------------------------------------------------ */
 
 /* q -> p for one round, in place; after the last one q is 0. `products` (q_i b_i) are overwritten. */
 PM_ALWAYS_INLINE void round_backward(vreal *q, int64_t E, const round_of *r, const vreal *weights, const vreal *g,
@@ -182,47 +288,80 @@ PM_ALWAYS_INLINE void round_backward(vreal *q, int64_t E, const round_of *r, con
   for (int l = 0; l < LANES; ++l) q[r->at[l]][l] = own[l];
 }
 
+/* What the rounds of a block need, in the scratch. */
+typedef struct replay {
+  int64_t E, length, segments;
+  int k, power; /* 0 for rounds on keys */
+  vreal unit, inverse;
+  vreal *x, *g, *q, *products, *starts, *weights;
+  round_of *rounds;
+} replay;
+
+PM_ALWAYS_INLINE round_of replay_round(const replay *b, leaders *lead, vreal *weights, int last) {
+  return b->power ? play_weights(b->x, b->E, b->power, lead, weights, NULL, last)
+                  : play_round(b->x, b->E, b->unit, lead, weights, NULL, last);
+}
+
+/* q from x, the keys in units or their weights. */
+static void play_backward(const replay *b, leaders lead) {
+  const int64_t E = b->E, step = pitch(E);
+  for (int64_t i = 0; i < E; ++i) b->q[i] = splat(0);
+  for (int64_t s = 0; s + 1 < b->segments; ++s) {
+    memcpy(b->starts + s * step, b->x, (size_t)E * sizeof(vreal));
+    for (int64_t t = 0; t < b->length; ++t) replay_round(b, &lead, b->weights, 0);
+  }
+  for (int64_t s = b->segments - 1; s >= 0; --s) {
+    int64_t count = b->length;
+    if (s + 1 < b->segments) {
+      memcpy(b->x, b->starts + s * step, (size_t)E * sizeof(vreal));
+      lead = b->power ? find_weights(b->x, E) : find_leaders(b->x, E);
+    } else {
+      count = b->k - 1 - s * b->length;
+    }
+    for (int64_t t = 0; t < count; ++t) b->rounds[t] = replay_round(b, &lead, b->weights + t * step, 0);
+    if (s + 1 == b->segments) {
+      b->rounds[count] = replay_round(b, &lead, b->weights + count * step, 1);
+      round_backward(b->q, E, &b->rounds[count], b->weights + count * step, b->g, b->inverse, b->products, 1);
+    }
+    for (int64_t t = count - 1; t >= 0; --t)
+      round_backward(b->q, E, &b->rounds[t], b->weights + t * step, b->g, b->inverse, b->products, 0);
+  }
+}
+
 static pm_status relaxed_top_k_backward_rows(const pm_job *job) {
-  const vreal inverse = splat((real)(1 / job->temperature));
-  const vreal unit = splat((real)(1.44269504088896341 / job->temperature));
   const source upstream = {job->vector, job->shape.experts, job->is_double};
+  const int power = power_of(job->temperature);
   keyed d;
   keyed_begin(&d, job);
-  const int64_t E = d.E, length = rounds_in_segment(E, d.k > 0 ? d.k : 1), segments = (d.k + length - 1) / length;
-  const int64_t step = pitch(E);
-  vreal *g = d.next, *q = g + step, *products = q + step, *starts = products + step,
-        *weights = starts + segments * step;
-  round_of *r = (round_of *)(weights + length * step);
+  const int64_t E = d.E, step = pitch(E);
+  replay b = {.E = E, .length = rounds_in_segment(E, d.k > 0 ? d.k : 1), .k = d.k};
+  b.segments = (d.k + b.length - 1) / b.length;
+  b.inverse = splat((real)(1 / job->temperature));
+  b.unit = splat((real)(1.44269504088896341 / job->temperature));
+  vreal *powers = d.next, *result = powers + step;
+  b.g = result + step, b.q = b.g + step, b.products = b.q + step, b.starts = b.products + step;
+  b.weights = b.starts + b.segments * step;
+  b.rounds = (round_of *)(b.weights + b.length * step);
   vmask infeasible = {0};
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
     const unsigned wanted = rows_mask(rows);
     keyed_load(&d, job, row, rows);
     infeasible |= d.infeasible;
-    load_rows(&upstream, row, rows, E, g);
-    for (int64_t i = 0; i < E; ++i) q[i] = splat(0);
-    leaders lead = scale_keys(d.x, E, unit);
-    for (int64_t s = 0; s + 1 < segments; ++s) {
-      memcpy(starts + s * step, d.x, (size_t)E * sizeof(vreal));
-      for (int64_t t = 0; t < length; ++t) play_round(d.x, E, unit, &lead, weights, NULL, 0);
+    load_rows(&upstream, row, rows, E, b.g);
+    const vmask near = power ? weigh_keys(d.x, E, d.k, b.unit, power, powers) : (vmask){0};
+    if (any(near)) {
+      b.power = power, b.x = powers;
+      play_backward(&b, find_weights(powers, E));
+      memcpy(result, b.q, (size_t)E * sizeof(vreal));
     }
-    for (int64_t s = segments - 1; s >= 0; --s) {
-      int64_t count = length;
-      if (s + 1 < segments) {
-        memcpy(d.x, starts + s * step, (size_t)E * sizeof(vreal));
-        lead = find_leaders(d.x, E);
-      } else {
-        count = d.k - 1 - s * length;
-      }
-      for (int64_t t = 0; t < count; ++t) r[t] = play_round(d.x, E, unit, &lead, weights + t * step, NULL, 0);
-      if (s + 1 == segments) {
-        r[count] = play_round(d.x, E, unit, &lead, weights + count * step, NULL, 1);
-        round_backward(q, E, &r[count], weights + count * step, g, inverse, products, 1);
-      }
-      for (int64_t t = count - 1; t >= 0; --t) round_backward(q, E, &r[t], weights + t * step, g, inverse, products, 0);
+    if (any(~near)) {
+      b.power = 0, b.x = d.x;
+      play_backward(&b, scale_keys(d.x, E, b.unit));
+      for (int64_t i = 0; i < E; ++i) result[i] = select_(near, result[i], b.q[i]);
     }
-    answer_poison(&d, q);
-    store_rows(q, wanted, row, E, job->out, job->is_double);
+    answer_poison(&d, result);
+    store_rows(result, wanted, row, E, job->out, job->is_double);
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;
 }

@@ -213,7 +213,7 @@ def test_relaxed_top_k_against_fifty_digits(temperature: float, dtype: torch.dty
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
-@pytest.mark.parametrize("temperature", [3.0, 0.7, 0.2])
+@pytest.mark.parametrize("temperature", [3.0, 1.0, 0.7, 0.5, 0.25, 0.2])
 def test_relaxed_top_k_gradient(k: int, temperature: float) -> None:
     logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: ops.relaxed_top_k(x, k, temperature, seed=8), logits)
@@ -229,21 +229,40 @@ def test_relaxed_top_k_tends_to_the_draw() -> None:
     assert_near(soft[apart], hard[apart], 1e-6, "temperature 1e-4")
 
 
+@pytest.mark.parametrize("temperature", [0.8, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_many_rounds_in_segments(dtype: torch.dtype) -> None:
+def test_many_rounds_in_segments(dtype: torch.dtype, temperature: float) -> None:
     """More rounds than the cache holds: they are run again segment by segment, and the gradient is the same."""
     logits = torch.randn(3, 200, dtype=torch.float64)
     upstream = torch.randn(3, 200, dtype=torch.float64)
     exact = logits.clone().requires_grad_()
-    keys = torch.ops.probmoe_ext.relaxed_top_k(logits.to(dtype), torch.tensor(9), 90, 0.8)[1].double()
-    value = reference.gumbel.relaxed_from_keys(exact + (keys - logits), 90, 0.8)
+    keys = torch.ops.probmoe_ext.relaxed_top_k(logits.to(dtype), torch.tensor(9), 90, temperature)[1].double()
+    value = reference.gumbel.relaxed_from_keys(exact + (keys - logits), 90, temperature)
     (want,) = torch.autograd.grad(value, exact, upstream)
     leaf = logits.to(dtype).requires_grad_()
-    got = ops.relaxed_top_k(leaf, 90, 0.8, seed=9)
+    got = ops.relaxed_top_k(leaf, 90, temperature, seed=9)
     (gradient,) = torch.autograd.grad(got, leaf, upstream.to(dtype))
     tolerance = 2e-4 if dtype == torch.float32 else 1e-12
     assert_near(got, value, tolerance, "value")
     assert_near(gradient, want, tolerance, "gradient")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_of_near_and_of_distant_keys(dtype: torch.dtype, temperature: float) -> None:
+    """Rounds on weights where the keys of a row lie close, on logarithms elsewhere: each row as if it were alone."""
+    spread = torch.tensor([1.0, 1000.0, 3.0, 30.0, 1.0, 1e5])[torch.randperm(36) % 6, None].to(dtype)
+    keys, upstream = torch.randn(36, 20, dtype=dtype) * spread, torch.randn(36, 20, dtype=dtype)
+    keys[::7, 3:9] = -torch.inf
+    backward = torch.ops.probmoe_ext.relaxed_top_k_backward
+    whole = backward(upstream, keys, 5, temperature)
+    alone = torch.cat([backward(upstream[n : n + 1], keys[n : n + 1], 5, temperature) for n in range(36)])
+    assert torch.equal(whole, alone)
+    exact = keys.double().requires_grad_()
+    value = reference.gumbel.relaxed_from_keys(exact, 5, temperature)
+    (want,) = torch.autograd.grad(value, exact, upstream.double())
+    scale = keys.masked_fill(keys == -torch.inf, 0).double().abs().amax(-1, keepdim=True).clamp(min=1) / temperature
+    assert_near(whole, want, 64 * torch.finfo(dtype).eps * scale * want.abs().amax(-1, keepdim=True).clamp(min=1), "q")
 
 
 def test_relaxed_top_k_keeps_one_row_of_memory() -> None:
