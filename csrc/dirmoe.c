@@ -1,4 +1,4 @@
-/* DirMoE routing's public functions: check, run in double precision. */
+/* DirMoE routing's public functions: check, run in the precision of the type. */
 #include <math.h>
 
 #include "kernels.h"
@@ -23,7 +23,7 @@ static pm_status forward(const pm_shape *shape, pm_dirmoe_job *job, const pm_dir
   }
   job->shape = *shape;
   job->options = *options;
-  return pm_kernels_for(1, shape->rows)->dirmoe(job);
+  return pm_kernels_for(job->is_double, shape->rows)->dirmoe(job);
 }
 
 static pm_status backward(const pm_shape *shape, pm_dirmoe_job *job, const pm_dirmoe *options) {
@@ -38,7 +38,7 @@ static pm_status backward(const pm_shape *shape, pm_dirmoe_job *job, const pm_di
   }
   job->shape = *shape;
   job->options = *options;
-  return pm_kernels_for(1, shape->rows)->dirmoe_backward(job);
+  return pm_kernels_for(job->is_double, shape->rows)->dirmoe_backward(job);
 }
 
 #define PM_DIRMOE(suffix, type, type_is_double)                                                                  \

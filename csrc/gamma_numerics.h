@@ -1,9 +1,8 @@
 /* Gamma variates in log space, and the derivative of their logarithm by alpha at a fixed quantile; with them what the
- * Dirichlet law and DirMoE's gates add. One source for the C core and the CUDA kernels, written as numerics.h is, on
- *   vword, a random word a lane (two in double precision); element_counter; element_words(counter, first word, words);
- *   leading_bits(vword); not_(mask), any(mask), min_ and sqrt_.
- * A branch on any(...) concerns all rows of a vector in C, and the thread's own number on a GPU. No guard: see
- * precision.h.
+ * Dirichlet law and DirMoE's gates and divergence add. One source for the C core and the CUDA kernels, written as
+ * numerics.h is, on vword, a random word a lane (two in double precision); element_counter; element_words(counter,
+ * first word, words); leading_bits(vword); not_(mask), any(mask), min_ and sqrt_. A branch on any(...) concerns all
+ * rows of a vector in C, and the thread's own number on a GPU. No guard: see precision.h.
  *
  * Draws: Marsaglia & Tsang, "A simple method for generating gamma variables", ACM TOMS 26 (2000). With d = alpha - 1/3,
  * c = 1 / sqrt(9 d), a normal x and a uniform U, log g = log d + 3 log(1 + c x) is accepted where
@@ -64,29 +63,68 @@ PM_ALWAYS_INLINE vreal normal(vreal radius, vword word) {
   return sqrt_(radius + radius) * sine_of_turns(abs_(centred) - (real)0.25);
 }
 
-/* log g for every lane of one column. alpha = 0 gives -inf; negative, infinite and NaN alphas give NaN. */
-PM_ALWAYS_INLINE vreal draw_log_gamma(vreal alpha, const element_counter *at, uint32_t column) {
-  const vmask proper = (vmask)(alpha > 0) & (vmask)(alpha <= PM_LARGEST), boosted = (vmask)(alpha < 1);
-  const vreal shape = select_(proper, select_(boosted, alpha + 1, alpha), splat(1));
-  const vreal d = shape - (real)(1.0 / 3), c = 1 / sqrt_(9 * d);
-  vreal log_root = splat(0), boost = splat(0);
-  vmask pending = proper;
-  for (uint32_t attempt = 0; attempt < PM_GAMMA_ATTEMPTS && any(pending); ++attempt) {
-    vword words[4];
-    element_words(at, attempt * PM_MAX_EXPERTS + column, words);
-    if (attempt == 0 && any(boosted & proper)) boost = exponential(words[3]) / alpha;
-    const vreal t = c * normal(exponential(words[0]), words[1]);
-    const vmask inside = (vmask)(t > -1 + PM_REAL_HALF_ULP);
-    const vreal root = log1p_(select_(inside, t, splat(0)));
-    /* x^2/2 = 4.5 d t^2, so that nothing large cancels. */
-    const vreal bound = d * fma_(splat(3), root - t, t * t * ((real)1.5 - t));
-    const vmask accepted = inside & (vmask)(-exponential(words[2]) < bound);
-    log_root = select_(pending & inside, root, log_root);
-    pending = pending & not_(accepted);
-  }
-  const vreal drawn = fma_(splat(3), log_root, log_(d)) - select_(boosted, boost, splat(0));
+/* d = shape - 1/3 and c = 1 / sqrt(9 d) of Marsaglia and Tsang, at the shape alpha or, below 1, alpha + 1. */
+typedef struct gamma_shape {
+  vmask proper, boosted; /* is there a law; does a boost follow */
+  vreal d, c;
+} gamma_shape;
+
+PM_ALWAYS_INLINE gamma_shape gamma_shape_of(vreal alpha) {
+  gamma_shape at;
+  at.proper = (vmask)(alpha > 0) & (vmask)(alpha <= PM_LARGEST);
+  at.boosted = (vmask)(alpha < 1);
+  at.d = select_(at.proper, select_(at.boosted, alpha + 1, alpha), splat(1)) - (real)(1.0 / 3);
+  at.c = 1 / sqrt_(9 * at.d);
+  return at;
+}
+
+/* One attempt: log(1 + c x), whether 1 + c x is above 0, and whether it is accepted. */
+typedef struct gamma_attempt {
+  vreal log_root;
+  vmask inside, accepted;
+} gamma_attempt;
+
+PM_ALWAYS_INLINE gamma_attempt attempt_gamma(const gamma_shape *at, const vword *words) {
+  const vreal t = at->c * normal(exponential(words[0]), words[1]);
+  gamma_attempt made;
+  made.inside = (vmask)(t > -1 + PM_REAL_HALF_ULP);
+  made.log_root = log1p_(select_(made.inside, t, splat(0)));
+  /* x^2/2 = 4.5 d t^2, so that nothing large cancels. */
+  const vreal bound = at->d * fma_(splat(3), made.log_root - t, t * t * ((real)1.5 - t));
+  made.accepted = made.inside & (vmask)(-exponential(words[2]) < bound);
+  return made;
+}
+
+/* log g from the accepted attempt. alpha = 0 gives -inf; negative, infinite and NaN alphas give NaN. */
+PM_ALWAYS_INLINE vreal log_gamma_from(vreal alpha, const gamma_shape *at, vreal log_root, vreal boost) {
+  const vreal drawn = fma_(splat(3), log_root, log_(at->d)) - select_(at->boosted, boost, splat(0));
   const vreal nothing = select_((vmask)(alpha == 0), splat(-(real)INFINITY), splat((real)NAN));
-  return select_(proper, max_(drawn, splat(-PM_LARGEST)), nothing);
+  return select_(at->proper, max_(drawn, splat(-PM_LARGEST)), nothing);
+}
+
+/* Further attempts for the lanes that are pending, from `attempt` on. */
+PM_ALWAYS_INLINE vreal retry_gamma(const gamma_shape *at, const element_counter *counter, uint32_t column,
+                                   uint32_t attempt, vmask pending, vreal log_root) {
+  for (; attempt < PM_GAMMA_ATTEMPTS && any(pending); ++attempt) {
+    vword words[4];
+    element_words(counter, attempt * PM_MAX_EXPERTS + column, words);
+    const gamma_attempt made = attempt_gamma(at, words);
+    log_root = select_(pending & made.inside, made.log_root, log_root);
+    pending = pending & not_(made.accepted);
+  }
+  return log_root;
+}
+
+/* The first attempt, log(1 + c x) and the boost, for every lane of one column; returns the lanes that are pending. */
+PM_ALWAYS_INLINE vmask begin_gamma(vreal alpha, const gamma_shape *at, const element_counter *counter, uint32_t column,
+                                   vreal *log_root, vreal *boost) {
+  vword words[4];
+  element_words(counter, column, words);
+  *boost = splat(0);
+  if (any(at->boosted & at->proper)) *boost = exponential(words[3]) / alpha;
+  const gamma_attempt made = attempt_gamma(at, words);
+  *log_root = select_(made.inside, made.log_root, splat(0));
+  return at->proper & not_(made.accepted);
 }
 
 /* ---- the derivative of a Gamma variate's logarithm ------------------------------------------------------------- */
@@ -188,17 +226,21 @@ PM_ALWAYS_INLINE vreal log_of_value(vreal x) {
 }
 #endif
 
-/* ---- gates ------------------------------------------------------------------------------------------------------ */
+/* ---- DirMoE's gates and divergence ------------------------------------------------------------------------------ */
 
-#if PM_REAL_BITS == 64
-#define PM_LARGEST_GATE 1e30 /* bound of (gate logit + noise) / tau: the gate is 0 or 1 long before */
-
-/* Standard logistic noise, the difference of two Gumbel variates. */
-PM_ALWAYS_INLINE vreal logistic_noise(const element_counter *at, uint32_t column) {
-  vword words[4];
-  element_words(at, column, words);
-  return log_(exponential(words[1])) - log_(exponential(words[0]));
-}
+#undef PM_LEAST_CONCENTRATION
+#undef PM_MOST_CONCENTRATION
+#undef PM_MOST_SUM
+#if PM_REAL_BITS == 32
+#define PM_LEAST_CONCENTRATION 0x1p-40f
+#define PM_MOST_CONCENTRATION 0x1p40f
+#define PM_MOST_SUM 0x1p42f
+#else
+#define PM_LEAST_CONCENTRATION 0x1p-300
+#define PM_MOST_CONCENTRATION 0x1p300
+#define PM_MOST_SUM 0x1p316
+#endif
+#define PM_LARGEST_GATE ((real)1e30) /* bound of a gate's logit: it is 0 or 1 long before */
 
 /* A relaxed gate: z, 1 - z, log z; where it may move, and its logit is not at a bound. */
 typedef struct gate {
@@ -206,9 +248,9 @@ typedef struct gate {
   vmask moves;
 } gate;
 
-PM_ALWAYS_INLINE gate relaxed_gate(vreal ell, vreal noise, real temperature) {
+PM_ALWAYS_INLINE gate relaxed_gate(vreal ell, vreal noise, real inverse_temperature) {
   const vmask masked = (vmask)(ell == -(real)INFINITY);
-  const vreal logit = (select_(masked, splat(0), ell) + noise) / temperature;
+  const vreal logit = (select_(masked, splat(0), ell) + noise) * inverse_temperature;
   const vreal y = max_(min_(logit, splat(PM_LARGEST_GATE)), splat(-PM_LARGEST_GATE));
   const vreal e = exp_(-abs_(y)), likely = 1 / (1 + e), unlikely = e * likely;
   const vmask positive = (vmask)(y >= 0);
@@ -219,4 +261,62 @@ PM_ALWAYS_INLINE gate relaxed_gate(vreal ell, vreal noise, real temperature) {
   at.moves = not_(masked) & (vmask)(abs_(logit) <= PM_LARGEST_GATE);
   return at;
 }
-#endif
+
+/* A concentration between those of open and closed gates, held where the divergence's products stay in range. */
+PM_ALWAYS_INLINE vreal mixed(vreal open, vreal closed, real scale, vreal hi, vreal lo) {
+  const vreal x = scale * fma_(open, hi, closed * lo);
+  return max_(min_(x, splat(PM_MOST_CONCENTRATION)), splat(PM_LEAST_CONCENTRATION));
+}
+
+/* KL(Dir(q) || Dir(p)) = sum of B(p_i, q_i, d_i) - B(P, Q, D), with d = p - q and P, Q, D the sums, and
+ *
+ *     B = log Gamma(p) - log Gamma(q) - psi(q) d >= 0,
+ *
+ * the Bregman divergence of log Gamma. By Stirling's series at x + 2, with S and R its remainders for log Gamma and
+ * psi,
+ *
+ *     B = (p + 3/2) log((p+2) / (q+2)) - d (1 + R(q+2)) + S(p+2) - S(q+2)
+ *         + d/q + d/(q+1) - log(p (p+1) / (q (q+1))),
+ *
+ * logarithms of 1 and something small where d is. The error is some ulps of |d| (1 + 1/q), and of S <= 1/24: nothing of
+ * the size of log Gamma is rounded. */
+typedef struct shifted {
+  vreal reciprocal, next, third; /* 1/x, 1/(x+1), 1/(x+2): of one division */
+} shifted;
+
+PM_ALWAYS_INLINE shifted shifted_of(vreal x) {
+  const vreal second = x + 1, third = x + 2, pair = x * second, inverse = 1 / (pair * third);
+  return (shifted){second * third * inverse, x * third * inverse, pair * inverse};
+}
+
+PM_ALWAYS_INLINE vreal bregman(vreal p, vreal q, vreal d) {
+  const vreal s = shifted_of(p).third; /* as q's, to the bit where they agree */
+  const shifted at = shifted_of(q);
+  const vreal t = d * at.reciprocal, next = d * at.next, linear = t + next;
+  const vreal ratio = (p * (p + 1)) * (at.reciprocal * at.next);
+  const vreal low = linear - log_near_one(ratio, fma_(t, next, linear));
+  const vreal high = log_near_one((p + 2) * at.third, d * at.third);
+  const vreal slope = 1 + polynomial(stirling_digamma, PM_COUNT(stirling_digamma), at.third);
+  const vreal rest = polynomial(stirling_log_gamma, PM_COUNT(stirling_log_gamma), s) -
+                     polynomial(stirling_log_gamma, PM_COUNT(stirling_log_gamma), at.third);
+  return fma_(p + (real)1.5, high, -(d * slope)) + rest + low;
+}
+
+/* B's derivatives: by p, psi(p) - psi(q), and by q, -psi'(q) d. */
+typedef struct bregman_slopes {
+  vreal by_p, by_q;
+} bregman_slopes;
+
+PM_ALWAYS_INLINE bregman_slopes bregman_slopes_at(vreal p, vreal q, vreal d) {
+  const shifted low = shifted_of(q), high = shifted_of(p);
+  const vreal squares = fma_(low.next, low.next, low.reciprocal * low.reciprocal);
+  const vreal poles = fma_(low.next, high.next, low.reciprocal * high.reciprocal);
+  const vreal rest = polynomial(stirling_digamma, PM_COUNT(stirling_digamma), high.third) -
+                     polynomial(stirling_digamma, PM_COUNT(stirling_digamma), low.third);
+  const vreal tail = polynomial(stirling_trigamma, PM_COUNT(stirling_trigamma), low.third);
+  const vreal trigamma = fma_(low.third * low.third, tail, low.third) + squares;
+  bregman_slopes at;
+  at.by_p = fma_(d, poles, log_near_one((p + 2) * low.third, d * low.third)) + rest;
+  at.by_q = -(d * trigamma);
+  return at;
+}

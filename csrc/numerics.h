@@ -161,7 +161,8 @@ PM_ALWAYS_INLINE gamma_values gamma_at(vreal x) {
   at.log_gamma = fma_(y - (real)0.5, log_y, -y) + (real)0.91893853320467274178 +
                  polynomial(stirling_log_gamma, PM_COUNT(stirling_log_gamma), s) - lower;
   at.digamma = log_y + polynomial(stirling_digamma, PM_COUNT(stirling_digamma), s) - next - inverse;
-  at.trigamma = s + polynomial(stirling_trigamma, PM_COUNT(stirling_trigamma), s) + fma_(next, next, inverse * inverse);
+  at.trigamma = fma_(s * s, polynomial(stirling_trigamma, PM_COUNT(stirling_trigamma), s), s) +
+                fma_(next, next, inverse * inverse);
   return at;
 }
 #endif

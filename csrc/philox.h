@@ -29,12 +29,12 @@ enum {
   PM_DRAW_GUMBEL_LOW = 5,
   PM_DRAW_CONCRETE = 6, /* the logistic variate of expert t */
   PM_DRAW_CONCRETE_LOW = 7,
+  PM_DRAW_LOGISTIC = 18, /* the logistic variate of DirMoE's gate t */
+  PM_DRAW_LOGISTIC_LOW = 19,
   /* Counted by the element instead: counter word 0 is attempt * PM_MAX_EXPERTS + column, and all four words are used.
    */
   PM_DRAW_GAMMA = 16, /* radius, angle, acceptance, boost */
-  PM_DRAW_GAMMA_LOW = 17,
-  PM_DRAW_LOGISTIC = 18, /* the two Gumbel variates of which DirMoE's gate noise is the difference */
-  PM_DRAW_LOGISTIC_LOW = 19
+  PM_DRAW_GAMMA_LOW = 17
 };
 
 PM_INLINE void pm_philox(uint64_t seed, uint32_t counter[4]) {

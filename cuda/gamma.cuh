@@ -29,6 +29,15 @@ __device__ __forceinline__ void philox_words(const element_counter &at, uint32_t
   PM_ALWAYS_INLINE real min_(real a, real b) { return a < b ? a : b; } \
   PM_ALWAYS_INLINE real sqrt_(real x) { return ::sqrt(x); }
 
+// log g: the first attempt, and then what it takes.
+#define PM_GAMMA_DRAW                                                                                        \
+  PM_ALWAYS_INLINE real draw_log_gamma(real alpha, const element_counter *counter, uint32_t column) {        \
+    const gamma_shape shape = gamma_shape_of(alpha);                                                         \
+    real log_root, boost;                                                                                    \
+    const vmask pending = begin_gamma(alpha, &shape, counter, column, &log_root, &boost);                    \
+    return log_gamma_from(alpha, &shape, retry_gamma(&shape, counter, column, 1, pending, log_root), boost); \
+  }
+
 namespace single_precision {
 #define PM_REAL_BITS 32
 #include "precision.h"
@@ -38,6 +47,7 @@ PM_ALWAYS_INLINE void element_words(const element_counter *at, uint32_t first, v
 }
 PM_GAMMA_NUMBERS
 #include "gamma_numerics.h"
+PM_GAMMA_DRAW
 #undef PM_REAL_BITS
 }  // namespace single_precision
 
@@ -56,13 +66,17 @@ PM_ALWAYS_INLINE void element_words(const element_counter *at, uint32_t first, v
 PM_ALWAYS_INLINE uint64_t leading_bits(vword word) { return uint64_t{word.high} << 20 | word.low >> 12; }
 PM_GAMMA_NUMBERS
 #include "gamma_numerics.h"
+PM_GAMMA_DRAW
 #undef PM_REAL_BITS
 }  // namespace double_precision
 
 using double_precision::gamma_at, double_precision::gamma_values, double_precision::log_of_value;
-using double_precision::gate, double_precision::logistic_noise, double_precision::relaxed_gate;
+using single_precision::bregman, double_precision::bregman;
+using single_precision::bregman_slopes_at, double_precision::bregman_slopes_at;
 using single_precision::draw_log_gamma, double_precision::draw_log_gamma;
 using single_precision::log_gamma_slope, double_precision::log_gamma_slope;
+using single_precision::mixed, double_precision::mixed;
+using single_precision::relaxed_gate, double_precision::relaxed_gate;
 using single_precision::standard_gamma_slope, double_precision::standard_gamma_slope;
 
 // ---- one call ------------------------------------------------------------------------------------------------------

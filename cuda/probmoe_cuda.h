@@ -151,7 +151,7 @@ pm_cuda_status pm_cuda_dirichlet_kl_backward(const pm_shape *shape, pm_dtype dty
 
 /* ---- DirMoE routing --------------------------------------------------------------------------------------------- */
 
-/* pm_route_dirmoe in double precision. gate_logits in rows of the shape's stride, all else dense. `seed` [1] is on the
+/* pm_route_dirmoe. gate_logits in rows of the shape's stride, all else dense. `seed` [1] is on the
  * device and read when training; noise and log_gamma [T, E] are float32, float64 for PM_F64, and then written, too. */
 pm_cuda_status pm_cuda_route_dirmoe(const pm_shape *shape, const pm_dirmoe *options, pm_dtype dtype,
                                     const void *gate_logits, const void *alpha_hi, const void *alpha_lo,

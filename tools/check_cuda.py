@@ -18,19 +18,20 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# The single-precision kernels, and what they call, by their mangled names. The Dirichlet law's closed forms and DirMoE
-# routing are none: they are double precision for every type, as on the CPU (cuda/dirichlet.cu and dirmoe.cu say why).
+# The single-precision kernels, and what they call, by their mangled names. The Dirichlet law's closed forms are none:
+# they are double precision for every type, as on the CPU (cuda/dirichlet.cu says why).
 SINGLE = re.compile(
     r"draw_kernel|draw_walking|marginals_kernel|gradient_kernel|scaled_pass|mode_kernelIf"
     r"|(gumbel|plackett_luce|relaxed)_\w*kernelIf"
-    r"|(gamma_sample|gamma_backward|gamma_grad|dirichlet_sample|dirichlet_backward)_kernelIf"
+    r"|(gamma_sample|gamma_backward|gamma_grad|dirichlet_sample|dirichlet_backward)_kernelIf|dirmoe_\w*kernelIf"
 )
 # Kernels of double precision that use no local memory either.
-WIDE = re.compile(r"(gamma_\w+|dirichlet_\w+)_kernelId|closed_form_\w*kernel|dirmoe_\w*kernel")
+WIDE = re.compile(r"(gamma_\w+|dirichlet_\w+)_kernelId|closed_form_\w*kernel|dirmoe_\w*kernelId")
 DOUBLE = re.compile(r"\bD(FMA|ADD|MUL|SETP|MNMX|MMA)\b|\.F64|64H\b")
 KERNELS = 2 * 3 + 2  # draw, marginals and gradient for k up to 4 and 8; mode for up to 256 and 1024 experts
 KERNELS += 2 * 5 + 1  # the Gumbel family for up to 256 and 1024 experts; gates for any
 KERNELS += 5  # the Gamma and Dirichlet family
+KERNELS += 2  # DirMoE routing, forward and backward
 
 
 def find_cuobjdump() -> str:

@@ -50,8 +50,8 @@ static pm_status dirichlet_sample_rows(const pm_law_job *job) {
     load_rows(&k.concentration, row, rows, E, log_g);
     vreal largest = splat(-(real)INFINITY);
     vmask poison = {0};
+    draw_log_gamma(log_g, E, rows, &at);
     for (int64_t i = 0; i < E; ++i) {
-      log_g[i] = draw_log_gamma(log_g[i], &at, (uint32_t)i);
       poison |= (vmask)(log_g[i] != log_g[i]);
       largest = max_(log_g[i], largest);
     }

@@ -1,30 +1,43 @@
-/* DirMoE routing on rows, in double precision: forward and backward in one pass each over a block. What is computed is
- * in probmoe.h. Products of small gates and small shares are kept as sums of logarithms, so that r = softmax(log z +
- * log g) needs no floor at any temperature. */
+/* DirMoE routing on rows: forward and backward in one pass each over a block. What is computed is in probmoe.h.
+ * Products of small gates and small shares are kept as sums of logarithms, so that r = softmax(log z + log g) needs no
+ * floor at any temperature. */
 #ifndef PM_ROWS_DIRMOE_H
 #define PM_ROWS_DIRMOE_H
 
 #include "dirichlet.h"
+#include "gumbel.h"
 
-#if PM_REAL_BITS == 64
 typedef struct dirmoe_block {
   int64_t E;
-  int k_min, k_max;
-  pm_dirmoe options;
+  int k_min, k_max, training, normalize;
+  real inverse_temperature, concentration, prior_concentration, prior_hi, prior_lo;
   source gate, hi, lo;
-  vreal *ell, *alpha_hi, *alpha_lo, *noise, *log_g, *score, *q, *p, *top;
+  vreal *ell, *alpha_hi, *alpha_lo, *noise, *open, *closed, *log_g, *score, *q, *p; /* of the experts */
+  vreal *top;                                                                       /* of the slots */
+  vint *at;                                                                         /* their experts, E for none */
+  vreal sum_q, sum_p, difference;                                                   /* of the sums, p - q */
   vmask poison, infeasible;
 } dirmoe_block;
 
+/* A positive option in this precision, away from the ends of its range. */
+static real held(double option) { return (real)(option < 1e-30 ? 1e-30 : option > 1e30 ? 1e30 : option); }
+
 static dirmoe_block dirmoe_begin(const pm_dirmoe_job *job) {
-  const int64_t E = job->shape.experts;
-  dirmoe_block k = {.E = E, .k_min = (int)job->shape.k_min, .k_max = (int)job->shape.k_max, .options = job->options};
+  const int64_t E = job->shape.experts, step = pitch(E);
+  const pm_dirmoe *o = &job->options;
+  dirmoe_block k = {.E = E, .k_min = (int)job->shape.k_min, .k_max = (int)job->shape.k_max};
+  k.training = o->training, k.normalize = o->normalize;
+  k.inverse_temperature = held(1 / o->temperature);
+  k.concentration = held(o->concentration), k.prior_concentration = held(o->prior_concentration);
+  k.prior_hi = held(o->prior_hi), k.prior_lo = held(o->prior_lo);
   k.gate = (source){job->gate_logits, job->shape.stride, job->is_double};
   k.hi = (source){job->alpha_hi, E, job->is_double};
   k.lo = (source){job->alpha_lo, E, job->is_double};
-  vreal **const all[LAW_VECTORS] = {&k.ell, &k.alpha_hi, &k.alpha_lo, &k.noise, &k.log_g, &k.score, &k.q, &k.p, &k.top};
+  vreal **const all[] = {&k.ell,   &k.alpha_hi, &k.alpha_lo, &k.noise, &k.open, &k.closed,
+                         &k.log_g, &k.score,    &k.q,        &k.p,     &k.top};
   vreal *next = aligned_vectors(job->scratch);
-  for (int n = 0; n < LAW_VECTORS; ++n, next += E) *all[n] = next;
+  for (size_t n = 0; n < sizeof all / sizeof *all; ++n, next += step) *all[n] = next;
+  k.at = (vint *)next;
   return k;
 }
 
@@ -33,132 +46,131 @@ static void dirmoe_load(dirmoe_block *k, int64_t row, int64_t rows) {
   load_rows(&k->gate, row, rows, k->E, k->ell);
   load_rows(&k->hi, row, rows, k->E, k->alpha_hi);
   load_rows(&k->lo, row, rows, k->E, k->alpha_lo);
-  vmask good = ~(vmask){0};
-  vreal unmasked = splat(0);
+  const vreal infinity = splat((real)INFINITY), nothing = splat(0);
+  vmask good = ~(vmask){0}, unmasked = {0};
   for (int64_t i = 0; i < k->E; ++i) {
-    good &= (vmask)(k->ell[i] < INFINITY) & (vmask)(k->alpha_hi[i] > 0) & (vmask)(k->alpha_hi[i] <= PM_LARGEST) &
-            (vmask)(k->alpha_lo[i] > 0) & (vmask)(k->alpha_lo[i] <= PM_LARGEST);
-    unmasked += select_((vmask)(k->ell[i] > -INFINITY), splat(1), splat(0));
+    good &= (vmask)(k->ell[i] < infinity) & (vmask)(k->alpha_hi[i] > nothing) & (vmask)(k->alpha_hi[i] < infinity) &
+            (vmask)(k->alpha_lo[i] > nothing) & (vmask)(k->alpha_lo[i] < infinity);
+    unmasked -= (vmask)(k->ell[i] > -infinity);
   }
-  k->infeasible = k->options.training ? (vmask){0} : good & (vmask)(unmasked < (real)k->k_min);
+  k->infeasible = k->training ? (vmask){0} : good & (vmask)(unmasked < (bits)k->k_min);
   k->poison = ~good | k->infeasible;
+  if (!any(k->poison)) return;
   for (int64_t i = 0; i < k->E; ++i) {
-    k->ell[i] = select_(k->poison, splat(0), k->ell[i]);
+    k->ell[i] = select_(k->poison, nothing, k->ell[i]);
     k->alpha_hi[i] = select_(k->poison, splat(1), k->alpha_hi[i]);
     k->alpha_lo[i] = select_(k->poison, splat(1), k->alpha_lo[i]);
   }
 }
 
-PM_ALWAYS_INLINE gate gate_of(const dirmoe_block *k, int64_t i) {
-  return relaxed_gate(k->ell[i], k->noise[i], k->options.temperature);
-}
-
-PM_ALWAYS_INLINE void mix(dirmoe_block *k, int64_t i, vreal open, vreal closed) {
-  k->q[i] = k->options.concentration * fma_(open, k->alpha_hi[i], closed * k->alpha_lo[i]);
-  k->p[i] = k->options.prior_concentration * fma_(open, splat(k->options.prior_hi), closed * k->options.prior_lo);
-}
-
-/* The lane's up to `k_max` largest of `x` above -inf into choice, descending, ties to the lower index; how many. */
-static int largest_of_lane(const vreal *x, int64_t E, int k_max, int lane, int64_t *choice) {
-  int found = 0;
-  for (int64_t i = 0; i < E && k_max > 0; ++i) {
-    const real here = x[i][lane];
-    if (!(here > -INFINITY) || (found == k_max && !(here > x[choice[found - 1]][lane]))) continue;
-    int j = found < k_max ? found++ : k_max - 1;
-    for (; j > 0 && x[choice[j - 1]][lane] < here; --j) choice[j] = choice[j - 1];
-    choice[j] = i;
+/* q and p of all experts from their gates, and the sums. */
+static void mix_all(dirmoe_block *k) {
+  k->sum_q = k->sum_p = k->difference = splat(0);
+  for (int64_t i = 0; i < k->E; ++i) {
+    k->q[i] = mixed(k->open[i], k->closed[i], k->concentration, k->alpha_hi[i], k->alpha_lo[i]);
+    k->p[i] = mixed(k->open[i], k->closed[i], k->prior_concentration, splat(k->prior_hi), splat(k->prior_lo));
+    k->sum_q += k->q[i];
+    k->sum_p += k->p[i];
+    k->difference += k->p[i] - k->q[i];
   }
-  return found;
+  k->sum_q = min_(k->sum_q, splat(PM_MOST_SUM));
+  k->sum_p = min_(k->sum_p, splat(PM_MOST_SUM));
 }
 
-/* Scores (and what the backward pass needs) of a drawn block; returns the sums of the gates. */
+static vreal divergence_from_prior(const dirmoe_block *k) {
+  vreal kl = splat(0);
+  for (int64_t i = 0; i < k->E; ++i) kl += bregman(k->p[i], k->q[i], k->p[i] - k->q[i]);
+  return kl - bregman(k->sum_p, k->sum_q, k->difference);
+}
+
+/* Lane l of the vector at[l], `otherwise` where the slot has no expert. */
+PM_ALWAYS_INLINE vreal at_slot(const dirmoe_block *k, const vreal *from, int j, real otherwise) {
+  const vmask used = (vmask)(k->at[j] < (bits)k->E);
+  return select_(used, pick(from, k->at[j] & used), splat(otherwise));
+}
+
+/* to[at[j]] += x, lane by lane; `to` has room for the expert E. */
+PM_ALWAYS_INLINE void add_at_slot(const dirmoe_block *k, vreal *to, int j, vreal x) {
+  for (int l = 0; l < LANES; ++l) to[k->at[j][l]][l] += x[l];
+}
+
+static void clear(const dirmoe_block *k, vreal *x) {
+  for (int64_t i = 0; i <= k->E; ++i) x[i] = splat(0);
+}
+
+/* ---- forward ------------------------------------------------------------------------------------------------- */
+
+/* Gates, concentrations, draws and scores of a block; returns the sums of the gates. */
 static vreal draw_block(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row, int64_t rows) {
   const uint64_t number = (uint64_t)(job->shape.first_row + row);
   const element_counter logistic = counter_of(job->seed, number, rows, PM_DRAW_LOGISTIC);
   const element_counter gamma = counter_of(job->seed, number, rows, PM_DRAW_GAMMA);
   vreal expected = splat(0);
+  vword word[4];
+  for (int64_t i = 0; i < k->E; i += 4) {
+    element_words(&logistic, (uint32_t)(i / 4), word);
+    for (int t = 0; t < 4 && i + t < k->E; ++t) k->noise[i + t] = logistic_of(word[t]);
+  }
   for (int64_t i = 0; i < k->E; ++i) {
-    k->noise[i] = logistic_noise(&logistic, (uint32_t)i);
-    const gate at = gate_of(k, i);
-    mix(k, i, at.open, at.closed);
-    k->log_g[i] = draw_log_gamma(k->q[i], &gamma, (uint32_t)i);
-    k->score[i] = at.log_open + k->log_g[i];
+    const gate at = relaxed_gate(k->ell[i], k->noise[i], k->inverse_temperature);
+    k->open[i] = at.open, k->closed[i] = at.closed, k->score[i] = at.log_open;
     expected += at.open;
   }
+  mix_all(k);
+  for (int64_t i = 0; i < k->E; ++i) k->log_g[i] = k->q[i];
+  draw_log_gamma(k->log_g, k->E, rows, &gamma);
+  for (int64_t i = 0; i < k->E; ++i) k->score[i] += k->log_g[i];
   store_rows(k->noise, rows_mask(rows), row, k->E, job->noise, job->is_double);
   store_rows(k->log_g, rows_mask(rows), row, k->E, job->log_gamma, job->is_double);
   return expected;
 }
 
-/* Slots of the lanes from their order of `x`: at most `size` of them (those above 0 where the band leaves the choice).
- */
-static vreal choose_slots(const dirmoe_block *k, const vreal *x, int decided, int64_t rows, int64_t *indices) {
-  vreal chosen = splat(0);
-  for (int l = 0; l < LANES && l < rows; ++l) {
-    int64_t *choice = indices + l * k->k_max;
-    int size = largest_of_lane(x, k->E, k->k_max, l, choice);
-    if (decided) {
-      int positive = 0;
-      while (positive < size && x[choice[positive]][l] > 0) ++positive;
-      size = positive < k->k_min ? k->k_min : positive;
-    }
-    for (int j = 0; j < k->k_max; ++j)
-      if (k->poison[l])
-        choice[j] = j;
-      else if (j >= size)
-        choice[j] = k->E;
-    chosen[l] = size;
-  }
-  return chosen;
-}
-
-/* top[j] = x at slot j, -inf where it is unused. */
-static void gather_slots(const dirmoe_block *k, const vreal *x, const int64_t *indices, int64_t rows) {
+/* The largest of x into the slots, descending; no expert where they are -inf. */
+static void fill_slots(dirmoe_block *k, const vreal *x) {
+  largest_keys(x, k->E, k->k_max, k->top, k->at);
   for (int j = 0; j < k->k_max; ++j) {
-    vreal at = splat(-INFINITY);
-    for (int l = 0; l < LANES && l < rows; ++l) {
-      const int64_t i = indices[l * k->k_max + j];
-      if (i >= 0 && i < k->E) at[l] = x[i][l];
-    }
-    k->top[j] = at;
+    const vmask used = (vmask)(k->top[j] > splat(-(real)INFINITY));
+    k->at[j] = int_select_(used, k->at[j], splat_bits((bits)k->E));
   }
 }
 
-PM_ALWAYS_INLINE vreal largest_score(const dirmoe_block *k) {
-  vreal largest = splat(-INFINITY);
-  for (int64_t i = 0; i < k->E; ++i) largest = max_(k->score[i], largest);
-  return select_((vmask)(largest > -INFINITY), largest, splat(0));
-}
-
-/* top becomes the weights: exp(top - largest) / sum, the sum over the slots or over all scores. */
+/* Training: top becomes the weights, exp(top - largest) / sum, the sum over the slots or over all scores. */
 static void weigh_slots(dirmoe_block *k) {
-  const vreal largest = largest_score(k);
+  if (k->k_max == 0) return;
+  const vreal largest = select_((vmask)(k->top[0] > splat(-(real)INFINITY)), k->top[0], splat(0));
   vreal sum = splat(0);
-  if (!k->options.normalize)
+  for (int j = 0; j < k->k_max; ++j) sum += k->top[j] = exp_(k->top[j] - largest);
+  if (!k->normalize) {
+    sum = splat(0);
     for (int64_t i = 0; i < k->E; ++i) sum += exp_(k->score[i] - largest);
-  for (int j = 0; j < k->k_max; ++j) {
-    k->top[j] = exp_(k->top[j] - largest);
-    if (k->options.normalize) sum += k->top[j];
   }
   const vreal inverse = 1 / select_((vmask)(sum > 0), sum, splat(1));
   for (int j = 0; j < k->k_max; ++j) k->top[j] *= inverse;
 }
 
-/* Inference: z is the indicator of the slots; top becomes their shares of the posterior mean, whose sum is returned. */
-static vreal decide_block(dirmoe_block *k, const int64_t *indices, int64_t rows) {
-  for (int64_t i = 0; i < k->E; ++i) k->score[i] = splat(0);
-  for (int l = 0; l < LANES && l < rows; ++l)
-    for (int j = 0; j < k->k_max; ++j) {
-      const int64_t i = indices[l * k->k_max + j];
-      if (i >= 0 && i < k->E) k->score[i][l] = 1;
-    }
-  for (int64_t i = 0; i < k->E; ++i) mix(k, i, k->score[i], 1 - k->score[i]);
-  gather_slots(k, k->q, indices, rows);
+/* Inference: keeps the slots of positive logits beyond the first k_min; returns how many there are. */
+static vreal decide_slots(dirmoe_block *k) {
+  vreal chosen = splat(0);
+  for (int j = 0; j < k->k_max; ++j) {
+    const vmask wanted = (vmask)(k->top[j] > splat(0)) | (j < k->k_min ? ~(vmask){0} : (vmask){0});
+    k->at[j] = int_select_(wanted, k->at[j], splat_bits((bits)k->E));
+    chosen += select_((vmask)(k->at[j] < (bits)k->E), splat(1), splat(0));
+  }
+  return chosen;
+}
+
+/* Inference: z is the indicator of the slots; returns the inverse of the sum of their q. */
+static vreal decide_gates(dirmoe_block *k) {
+  clear(k, k->open);
+  for (int j = 0; j < k->k_max; ++j) add_at_slot(k, k->open, j, splat(1));
+  for (int64_t i = 0; i < k->E; ++i) {
+    k->open[i] = min_(k->open[i], splat(1));
+    k->closed[i] = 1 - k->open[i];
+  }
+  mix_all(k);
   vreal sum = splat(0);
-  for (int j = 0; j < k->k_max; ++j) sum += k->top[j] = max_(k->top[j], splat(0));
-  sum = select_((vmask)(sum > 0), sum, splat(1));
-  for (int j = 0; j < k->k_max; ++j) k->top[j] /= sum;
-  return sum;
+  for (int j = 0; j < k->k_max; ++j) sum += at_slot(k, k->q, j, 0);
+  return 1 / select_((vmask)(sum > 0), sum, splat(1));
 }
 
 static pm_status dirmoe_rows(const pm_dirmoe_job *job) {
@@ -166,133 +178,152 @@ static pm_status dirmoe_rows(const pm_dirmoe_job *job) {
   vmask infeasible = {0};
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
-    int64_t *indices = job->out_indices + row * k.k_max;
     dirmoe_load(&k, row, rows);
     infeasible |= k.infeasible;
     vreal expected;
-    if (k.options.training) {
+    if (k.training) {
       expected = draw_block(&k, job, row, rows);
-      choose_slots(&k, k.score, 0, rows, indices);
-      gather_slots(&k, k.score, indices, rows);
+      fill_slots(&k, k.score);
       weigh_slots(&k);
     } else {
-      expected = choose_slots(&k, k.ell, 1, rows, indices);
-      decide_block(&k, indices, rows);
+      fill_slots(&k, k.ell);
+      expected = decide_slots(&k);
+      const vreal inverse = decide_gates(&k);
+      for (int j = 0; j < k.k_max; ++j) k.top[j] = at_slot(&k, k.q, j, 0) * inverse;
     }
-    const vreal kl = divergence(k.q, k.p, k.E, 0), nothing = splat(NAN);
+    const vreal kl = divergence_from_prior(&k), nothing = splat((real)NAN);
     store_scalars(job->kl, job->is_double, row, rows, select_(k.poison, nothing, kl));
     store_scalars(job->expected_k, job->is_double, row, rows, select_(k.poison, nothing, expected));
-    for (int l = 0; l < LANES && l < rows; ++l)
-      for (int j = 0; j < k.k_max; ++j)
-        write_(job->weights, job->is_double, (row + l) * k.k_max + j, k.poison[l] ? NAN : k.top[j][l]);
+    for (int j = 0; j < k.k_max; ++j) {
+      k.top[j] = select_(k.poison, nothing, k.top[j]);
+      k.at[j] = int_select_(k.poison, splat_bits(j), k.at[j]);
+    }
+    store_rows(k.top, rows_mask(rows), row, k.k_max, job->weights, job->is_double);
+    store_indices(k.at, rows_mask(rows), row, k.k_max, job->out_indices);
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;
 }
 
 /* ---- backward ------------------------------------------------------------------------------------------------ */
 
-/* Gradient by the scores, in score: of a softmax over the slots (`normalize`) or over all experts. top holds the
- * weights. */
-static void score_gradient(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row, int64_t rows) {
-  const source grad = {job->grad_weights, k->k_max, job->is_double};
-  const int64_t *indices = job->indices + row * k->k_max;
-  vreal mean = splat(0);
-  for (int l = 0; l < LANES && l < rows; ++l)
-    for (int j = 0; j < k->k_max; ++j) mean[l] += k->top[j][l] > 0 ? read_(&grad, row + l, j) * k->top[j][l] : 0;
-  if (k->options.normalize) {
-    for (int64_t i = 0; i < k->E; ++i) k->score[i] = splat(0);
-  } else {
-    const vreal largest = largest_score(k);
-    vreal sum = splat(0);
-    for (int64_t i = 0; i < k->E; ++i) sum += k->score[i] = exp_(k->score[i] - largest);
-    const vreal inverse = 1 / select_((vmask)(sum > 0), sum, splat(1));
-    for (int64_t i = 0; i < k->E; ++i) k->score[i] *= -mean * inverse;
-  }
-  for (int l = 0; l < LANES && l < rows; ++l)
-    for (int j = 0; j < k->k_max; ++j) {
-      const int64_t i = indices[l * k->k_max + j];
-      if (i < 0 || i >= k->E) continue;
-      const real shift = k->options.normalize ? mean[l] : 0;
-      k->score[i][l] += k->top[j][l] * (read_(&grad, row + l, j) - shift);
+static void load_slots(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row, int64_t rows) {
+  for (int j = 0; j < k->k_max; ++j)
+    for (int l = 0; l < LANES; ++l) {
+      const int64_t i = job->indices[(row + (l < rows ? l : rows - 1)) * k->k_max + j];
+      k->at[j][l] = (bits)(i >= 0 && i < k->E ? i : k->E);
     }
+}
+
+/* Loads the gradient of the weights into top, and makes it that of the slots' scores by `share`s of a sum: h - h.w
+ * where the sum is over the slots, else h. Returns h.w. */
+static vreal slot_gradient(dirmoe_block *k, const vreal *share, vreal inverse, int over_slots) {
+  vreal mean = splat(0);
+  for (int j = 0; j < k->k_max; ++j) {
+    const vreal weight = at_slot(k, share, j, 0) * inverse;
+    k->top[j] = select_((vmask)(weight > 0), k->top[j], splat(0));
+    mean = fma_(k->top[j], weight, mean);
+  }
+  if (over_slots)
+    for (int j = 0; j < k->k_max; ++j) k->top[j] -= mean;
+  return mean;
+}
+
+/* The gradient by the scores into score, and by q through the draws in place of log_g. */
+static void score_gradient(dirmoe_block *k) {
+  vreal largest = splat(-(real)INFINITY), sum = splat(0);
+  for (int64_t i = 0; i < k->E; ++i) largest = max_(k->score[i], largest);
+  largest = select_((vmask)(largest > splat(-(real)INFINITY)), largest, splat(0));
+  for (int64_t i = 0; i < k->E; ++i) sum += k->score[i] = exp_(k->score[i] - largest);
+  if (k->normalize) {
+    sum = splat(0);
+    for (int j = 0; j < k->k_max; ++j) sum += at_slot(k, k->score, j, 0);
+  }
+  const vreal inverse = 1 / select_((vmask)(sum > 0), sum, splat(1));
+  const vreal mean = slot_gradient(k, k->score, inverse, k->normalize);
+  for (int j = 0; j < k->k_max; ++j) k->top[j] *= at_slot(k, k->score, j, 0) * inverse;
+  if (k->normalize) { /* only the slots' experts have one */
+    clear(k, k->score);
+    for (int j = 0; j < k->k_max; ++j) add_at_slot(k, k->score, j, k->top[j]);
+    for (int j = 0; j < k->k_max; ++j) k->top[j] *= log_gamma_slope(at_slot(k, k->q, j, 1), at_slot(k, k->log_g, j, 0));
+    clear(k, k->log_g);
+    for (int j = 0; j < k->k_max; ++j) add_at_slot(k, k->log_g, j, k->top[j]);
+    return;
+  }
+  for (int64_t i = 0; i < k->E; ++i) k->score[i] *= -mean * inverse;
+  for (int j = 0; j < k->k_max; ++j) add_at_slot(k, k->score, j, k->top[j]);
+  for (int64_t i = 0; i < k->E; ++i) {
+    const vmask moved = (vmask)(k->score[i] != 0);
+    k->log_g[i] = any(moved) ? select_(moved, k->score[i] * log_gamma_slope(k->q[i], k->log_g[i]), splat(0)) : splat(0);
+  }
 }
 
 static void draw_backward(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row, int64_t rows, vreal by_kl,
                           vreal by_expected) {
   const source noise = {job->saved_noise, k->E, job->is_double}, log_g = {job->saved_log_gamma, k->E, job->is_double};
-  const pm_dirmoe *o = &k->options;
   load_rows(&noise, row, rows, k->E, k->noise);
   load_rows(&log_g, row, rows, k->E, k->log_g);
+  vreal *slope = k->noise; /* of the gate by its logit, over the gate */
   for (int64_t i = 0; i < k->E; ++i) {
-    k->noise[i] = select_(k->poison, splat(0), k->noise[i]);
-    const gate at = gate_of(k, i);
-    mix(k, i, at.open, at.closed);
+    const gate at = relaxed_gate(k->ell[i], select_(k->poison, splat(0), k->noise[i]), k->inverse_temperature);
+    k->open[i] = at.open, k->closed[i] = at.closed;
+    slope[i] = select_(at.moves, at.closed * k->inverse_temperature, splat(0));
     k->score[i] = select_(k->poison, splat(0), at.log_open + k->log_g[i]);
   }
-  gather_slots(k, k->score, job->indices + row * k->k_max, rows);
-  weigh_slots(k);
-  score_gradient(k, job, row, rows);
-  for (int64_t i = 0; i < k->E; ++i) { /* the draw's share, before q makes way for its divergence's gradient */
-    const vmask moved = (vmask)(k->score[i] != 0);
-    k->log_g[i] = any(moved) ? select_(moved, k->score[i] * log_gamma_slope(k->q[i], k->log_g[i]), splat(0)) : splat(0);
-  }
-  divergence(k->q, k->p, k->E, 1);
+  mix_all(k);
+  score_gradient(k);
+  const bregman_slopes whole = bregman_slopes_at(k->sum_p, k->sum_q, k->difference);
+  const vreal prior_gap = by_kl * (k->prior_concentration * (k->prior_hi - k->prior_lo));
   for (int64_t i = 0; i < k->E; ++i) {
-    const gate at = gate_of(k, i);
-    const vreal by_q = o->concentration * fma_(by_kl, k->q[i], k->log_g[i]);
-    const vreal by_p = o->prior_concentration * (by_kl * k->p[i]);
-    const vreal by_gate = by_q * (k->alpha_hi[i] - k->alpha_lo[i]) + by_p * (o->prior_hi - o->prior_lo) + by_expected;
-    const vreal slope = at.closed / o->temperature;
-    k->ell[i] = select_(at.moves, fma_(by_gate, at.open, k->score[i]) * slope, splat(0));
-    k->alpha_hi[i] = by_q * at.open;
-    k->alpha_lo[i] = by_q * at.closed;
+    const bregman_slopes at = bregman_slopes_at(k->p[i], k->q[i], k->p[i] - k->q[i]);
+    const vreal by_q = k->concentration * fma_(by_kl, at.by_q - whole.by_q, k->log_g[i]);
+    const vreal by_gate =
+        fma_(by_q, k->alpha_hi[i] - k->alpha_lo[i], fma_(prior_gap, at.by_p - whole.by_p, by_expected));
+    k->ell[i] = fma_(by_gate, k->open[i], k->score[i]) * slope[i];
+    k->alpha_hi[i] = by_q * k->open[i];
+    k->alpha_lo[i] = by_q * k->closed[i];
   }
 }
 
-static void decision_backward(dirmoe_block *k, const pm_dirmoe_job *job, int64_t row, int64_t rows, vreal by_kl) {
-  const source grad = {job->grad_weights, k->k_max, job->is_double};
-  const int64_t *indices = job->indices + row * k->k_max;
-  const vreal sum = decide_block(k, indices, rows);
-  divergence(k->q, k->p, k->E, 1);
-  for (int64_t i = 0; i < k->E; ++i) k->q[i] *= by_kl;
-  for (int l = 0; l < LANES && l < rows; ++l) {
-    real mean = 0;
-    for (int j = 0; j < k->k_max; ++j) mean += k->top[j][l] > 0 ? read_(&grad, row + l, j) * k->top[j][l] : 0;
-    for (int j = 0; j < k->k_max; ++j) {
-      const int64_t i = indices[l * k->k_max + j];
-      if (i >= 0 && i < k->E) k->q[i][l] += (read_(&grad, row + l, j) - mean) / sum[l];
-    }
-  }
+static void decision_backward(dirmoe_block *k, vreal by_kl) {
+  const vreal inverse = decide_gates(k);
+  slot_gradient(k, k->q, inverse, 1);
+  clear(k, k->log_g);
+  for (int j = 0; j < k->k_max; ++j) add_at_slot(k, k->log_g, j, k->top[j] * inverse);
+  const vreal whole = bregman_slopes_at(k->sum_p, k->sum_q, k->difference).by_q;
   for (int64_t i = 0; i < k->E; ++i) {
-    const vreal by_q = k->options.concentration * k->q[i];
+    const vreal by_kl_of_q = by_kl * (bregman_slopes_at(k->p[i], k->q[i], k->p[i] - k->q[i]).by_q - whole);
+    const vreal by_q = k->concentration * (by_kl_of_q + k->log_g[i]);
     k->ell[i] = splat(0);
-    k->alpha_hi[i] = by_q * k->score[i];
-    k->alpha_lo[i] = by_q * (1 - k->score[i]);
+    k->alpha_hi[i] = by_q * k->open[i];
+    k->alpha_lo[i] = by_q * k->closed[i];
   }
 }
 
 static pm_status dirmoe_backward_rows(const pm_dirmoe_job *job) {
   dirmoe_block k = dirmoe_begin(job);
   const source grad_kl = {job->grad_kl, 1, job->is_double}, grad_expected = {job->grad_expected, 1, job->is_double};
+  const source grad_weights = {job->grad_weights, k.k_max, job->is_double};
   vmask infeasible = {0};
   for (int64_t row = 0; row < job->shape.rows; row += LANES) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
     dirmoe_load(&k, row, rows);
     infeasible |= k.infeasible;
+    load_slots(&k, job, row, rows);
+    load_rows(&grad_weights, row, rows, k.k_max, k.top);
     const vreal by_kl = load_scalars(&grad_kl, row, rows);
-    if (k.options.training)
+    if (k.training)
       draw_backward(&k, job, row, rows, by_kl, load_scalars(&grad_expected, row, rows));
     else
-      decision_backward(&k, job, row, rows, by_kl);
+      decision_backward(&k, by_kl);
     vreal *const gradients[] = {k.ell, k.alpha_hi, k.alpha_lo};
     void *const out[] = {job->grad_gate_logits, job->grad_alpha_hi, job->grad_alpha_lo};
     for (int n = 0; n < 3; ++n) {
-      for (int64_t i = 0; i < k.E; ++i) gradients[n][i] = select_(k.poison, splat(NAN), gradients[n][i]);
+      if (any(k.poison))
+        for (int64_t i = 0; i < k.E; ++i) gradients[n][i] = select_(k.poison, splat((real)NAN), gradients[n][i]);
       store_rows(gradients[n], rows_mask(rows), row, k.E, out[n], job->is_double);
     }
   }
   return any(infeasible) ? PM_INFEASIBLE : PM_OK;
 }
-#endif
 
 #endif

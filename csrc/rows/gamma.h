@@ -68,8 +68,8 @@ PM_ELEMENT_KERNEL(standard_gamma_grad)
 PM_ELEMENT_KERNEL(log_gamma_backward)
 
 /* The scratch of the family: at most LAW_VECTORS vectors an expert. */
-enum { LAW_VECTORS = 9 };
-static size_t law_bytes(int64_t E) { return (size_t)(LAW_VECTORS * E + 1) * sizeof(vreal); }
+enum { LAW_VECTORS = 12 };
+static size_t law_bytes(int64_t E) { return (size_t)(LAW_VECTORS * pitch(E) + 1) * sizeof(vreal); }
 
 PM_ALWAYS_INLINE vreal *aligned_vectors(void *scratch) {
   return (vreal *)(((uintptr_t)scratch + sizeof(vreal) - 1) & ~(uintptr_t)(sizeof(vreal) - 1));
@@ -77,6 +77,56 @@ PM_ALWAYS_INLINE vreal *aligned_vectors(void *scratch) {
 
 /* The first `rows` lanes, for store_rows. */
 PM_ALWAYS_INLINE unsigned rows_mask(int64_t rows) { return (1u << rows) - 1; }
+
+/* Elements whose first attempt was refused, waiting for company. */
+enum { POOL = 4 * LANES };
+typedef struct gamma_pool {
+  real alpha[POOL], boost[POOL];
+  uint32_t column[POOL];
+  int lane[POOL], count;
+} gamma_pool;
+
+/* Draws for the last LANES that wait, or all that do, each with its own counter. */
+static void retry_pool(gamma_pool *pool, const element_counter *at, vreal *x) {
+  const int first = pool->count > LANES ? pool->count - LANES : 0;
+  element_counter counter = *at;
+  vword column = {0};
+  vreal alpha = splat(1), boost = splat(0);
+  for (int l = 0; l < WORDS; ++l) {
+    const int n = first + l % LANES < pool->count ? first + l % LANES : first;
+    column[l] = pool->column[n];
+    counter.row_low[l] = at->row_low[pool->lane[n]];
+    counter.row_high[l] = at->row_high[pool->lane[n]];
+    alpha[l % LANES] = pool->alpha[n];
+    boost[l % LANES] = pool->boost[n];
+  }
+  counter.column = column;
+  const gamma_shape shape = gamma_shape_of(alpha);
+  const vreal drawn = log_gamma_from(alpha, &shape, retry_gamma(&shape, &counter, 0, 1, ~(vmask){0}, splat(0)), boost);
+  for (int n = first; n < pool->count; ++n) x[pool->column[n]][pool->lane[n]] = drawn[n - first];
+  pool->count = first;
+}
+
+/* Concentrations become draws of log g. A first attempt is accepted with a probability of 0.95 or a little more, so
+ * that most vectors of 16 lanes have one to be tried again: these are gathered, and tried together. */
+static void draw_log_gamma(vreal *x, int64_t E, int64_t rows, const element_counter *at) {
+  gamma_pool pool;
+  pool.count = 0;
+  for (int64_t i = 0; i < E; ++i) {
+    const vreal alpha = x[i];
+    const gamma_shape shape = gamma_shape_of(alpha);
+    vreal log_root, boost;
+    const vmask pending = begin_gamma(alpha, &shape, at, (uint32_t)i, &log_root, &boost);
+    x[i] = log_gamma_from(alpha, &shape, log_root, boost);
+    for (unsigned left = lanes_of(pending) & rows_mask(rows); left; left &= left - 1) {
+      const int l = __builtin_ctz(left), n = pool.count++;
+      pool.alpha[n] = alpha[l], pool.boost[n] = boost[l];
+      pool.column[n] = (uint32_t)i, pool.lane[n] = l;
+    }
+    while (pool.count > POOL - LANES) retry_pool(&pool, at, x);
+  }
+  while (pool.count > 0) retry_pool(&pool, at, x);
+}
 
 static pm_status log_gamma_sample_rows(const pm_law_job *job) {
   const int64_t E = job->shape.experts;
@@ -86,7 +136,7 @@ static pm_status log_gamma_sample_rows(const pm_law_job *job) {
     const int64_t rows = job->shape.rows - row < LANES ? job->shape.rows - row : LANES;
     const element_counter at = counter_of(job->seed, (uint64_t)(job->shape.first_row + row), rows, PM_DRAW_GAMMA);
     load_rows(&in, row, rows, E, x);
-    for (int64_t i = 0; i < E; ++i) x[i] = draw_log_gamma(x[i], &at, (uint32_t)i);
+    draw_log_gamma(x, E, rows, &at);
     store_rows(x, rows_mask(rows), row, E, job->out, job->is_double);
   }
   return PM_OK;

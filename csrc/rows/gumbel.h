@@ -7,10 +7,6 @@
 #include "noise.h"
 #include "transfer.h"
 
-/* From one array of E vectors to the next: a few more, or arrays of 64 experts would lie a multiple of 4096 bytes
- * apart, where processors take a load for one that waits on the store to another array. */
-PM_ALWAYS_INLINE int64_t pitch(int64_t E) { return E + 5; }
-
 /* LANES rows at once. */
 typedef struct keyed {
   int64_t E;

@@ -22,9 +22,10 @@ PM_ALWAYS_INLINE void random_words(uint64_t seed, vword c[4]) {
   }
 }
 
-/* The counters of a block of rows, but for their first word, and a key. */
+/* The counters of a block of rows, but for their first word, and a key. Lanes may stand for elements of any rows and
+ * columns: `column` is what the first words of theirs are ahead. */
 typedef struct element_counter {
-  vword row_low, row_high, purpose;
+  vword column, row_low, row_high, purpose;
   uint64_t seed;
 } element_counter;
 
@@ -38,11 +39,11 @@ PM_ALWAYS_INLINE element_counter counter_of(uint64_t seed, uint64_t row, int64_t
     high[l] = (uint32_t)(number >> 32);
     use[l] = purpose + (uint32_t)(l / LANES);
   }
-  return (element_counter){low, high, use, seed};
+  return (element_counter){{0}, low, high, use, seed};
 }
 
 PM_ALWAYS_INLINE void element_words(const element_counter *at, uint32_t first, vword words[4]) {
-  words[0] = (vword){0} + first, words[1] = at->row_low, words[2] = at->row_high, words[3] = at->purpose;
+  words[0] = at->column + first, words[1] = at->row_low, words[2] = at->row_high, words[3] = at->purpose;
   random_words(at->seed, words);
 }
 

@@ -38,9 +38,9 @@ const pm_kernels PM_TABLE = {
     .dirichlet_entropy_backward = dirichlet_entropy_backward_rows,
     .dirichlet_kl = dirichlet_kl_rows,
     .dirichlet_kl_backward = dirichlet_kl_backward_rows,
+#endif
     .dirmoe = dirmoe_rows,
     .dirmoe_backward = dirmoe_backward_rows,
-#endif
     .gumbel_top_k = gumbel_top_k_rows,
     .gumbel_sigmoid = gumbel_sigmoid_rows,
     .relaxed_top_k = relaxed_top_k_rows,

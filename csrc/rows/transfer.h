@@ -4,6 +4,10 @@
 
 #include "simd.h"
 
+/* From one array of E vectors to the next: a few more, or arrays of 64 experts would lie a multiple of 4096 bytes
+ * apart, where processors take a load for one that waits on the store to another array. */
+PM_ALWAYS_INLINE int64_t pitch(int64_t E) { return E + 5; }
+
 /* Rows of float or double. */
 typedef struct source {
   const void *data;

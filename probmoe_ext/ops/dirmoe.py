@@ -89,7 +89,7 @@ def route_dirmoe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """DirMoE routing: relaxed Bernoulli gates say which experts, a Dirichlet draw how much of each.
 
-    Training, computed in double precision whatever the dtype::
+    Training, computed in the precision of the dtype (half types in float32)::
 
         z = sigmoid((gate_logits + Logistic) / temperature)
         q = concentration * (z * alpha_hi + (1 - z) * alpha_lo)         posterior

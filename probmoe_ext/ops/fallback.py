@@ -135,10 +135,10 @@ def route_dirmoe(logits: Tensor, hi: Tensor, lo: Tensor, seed: Tensor | None, *r
         if training:
             assert seed is not None
             flat = logits.reshape(-1, logits.shape[-1]).shape
-            noise = dirmoe.logistic(int(seed), flat, logits.device).reshape(logits.shape)
-            z, _ = dirmoe.relaxed_gates(logits.double(), noise, temperature)
+            noise = dirmoe.logistic(int(seed), flat, logits.device, state).reshape(logits.shape)
+            z, _ = dirmoe.relaxed_gates(logits.double(), noise.double(), temperature)
             q, _ = dirmoe.concentrations(z, hi.double(), lo.double(), concentration, prior)
-            log_gamma = reference.log_gamma_sample(q, seed)
+            log_gamma = dirmoe.draw_log_gamma(q, int(seed), state)
     return *outputs, noise.to(state), log_gamma.to(state)
 
 

@@ -9,23 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from probmoe_ext.reference.dirichlet import dirichlet_kl
-from probmoe_ext.reference.gamma import element_words, exponential, log_gamma_sample
+from probmoe_ext.reference.gamma import log_gamma_sample, with_implicit_gradient
+from probmoe_ext.reference.philox import philox_open_uniform
 from probmoe_ext.reference.subset import subset_indicator, subset_mode
-from probmoe_ext.reference.tilt import check_band
+from probmoe_ext.reference.tilt import check_band, compute_dtype
 
 LOGISTIC_DRAWS = 18
 LARGEST = 1e30
 """Bound of a gate's logit over the temperature: beyond it the gate is 0 or 1 to the last bit."""
 
 
-def logistic(seed: int, shape: torch.Size, device: torch.device) -> Tensor:
-    """Standard logistic noise ``[rows, columns]``, float64, as the difference of two Gumbel variates.
+def logistic(seed: int, shape: torch.Size, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard logistic noise ``log u - log(1 - u)`` ``[rows, columns]`` from uniforms of 32 bits (float32) or 64."""
+    u, complement = philox_open_uniform(seed, shape[0], shape[1], LOGISTIC_DRAWS, dtype)
+    return torch.log(u / complement).to(device)
 
-    Which are, but for their sign, the logarithms of exponential variates: of words 0 and 1 of each element's counter
-    at attempt 0.
-    """
-    high, low = (element_words(seed, shape, 0, LOGISTIC_DRAWS + part, device) for part in (0, 1))
-    return torch.log(exponential(high[1], low[1])) - torch.log(exponential(high[0], low[0]))
+
+def draw_log_gamma(q: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """Logarithms of Gamma draws as those of `dtype` are made, in float64 and without a derivative."""
+    return log_gamma_sample(q.detach().to(dtype), seed).double()
 
 
 def relaxed_gates(ell: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,8 @@ def route_dirmoe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """DirMoE routing: which experts (relaxed Bernoulli gates) and how much of each (a Dirichlet draw), apart.
 
-    Training, with ``E`` experts and everything in float64::
+    Training, with ``E`` experts and everything in float64 but the random variates, which have the digits that the dtype
+    of the gate logits gives them::
 
         z = sigmoid((gate_logits + Logistic) / temperature)
         q = concentration * (z * alpha_hi + (1 - z) * alpha_lo)         posterior
@@ -124,10 +127,11 @@ def route_dirmoe(
     ell = torch.where(good.all(-1, keepdim=True), ell, torch.nan)
     if training:
         key = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)) if seed is None else int(seed)
-        noise = logistic(key, ell.reshape(-1, shape[-1]).shape, ell.device).reshape(shape)
-        z, log_z = relaxed_gates(ell, noise, temperature)
+        drawn_in = compute_dtype(gate_logits).dtype
+        noise = logistic(key, ell.reshape(-1, shape[-1]).shape, ell.device, drawn_in).reshape(shape)
+        z, log_z = relaxed_gates(ell, noise.double(), temperature)
         q, p = concentrations(z, hi, lo, concentration, prior)
-        scores = log_z + log_gamma_sample(q, key)
+        scores = log_z + with_implicit_gradient(q, draw_log_gamma(q, key, drawn_in))
         indices = largest_scores(scores.detach(), k_max)
         weights = slot_weights(scores, indices, normalize)
     else:

@@ -130,6 +130,11 @@ def with_heads(logits: Tensor, band: Band) -> Tensors:
     return logits, other_concentrations(logits), concentrations(logits / 2 - 2)
 
 
+def divergence(tensors: Tensors, band: Band, options: dict[str, Any]) -> Tensor:
+    """The posterior's from the prior, which is a sum of terms of one sign: its error is relative."""
+    return reference.route_dirmoe(*(t.detach().double() for t in tensors), band, **options)[2].abs().unsqueeze(-1)
+
+
 def dirmoe_spec(training: bool, normalize: bool) -> OpSpec:
     """One setting of DirMoE routing."""
     options: dict[str, Any] = {"training": training, "normalize": normalize, "seed": SEED}
@@ -142,7 +147,7 @@ def dirmoe_spec(training: bool, normalize: bool) -> OpSpec:
         differentiable=(0, 1, 2),
         sampled=training,
         finite_differences=not training,
-        scale=lambda t, band: 4 * magnitude(t[1:], band),
+        scale=lambda t, band: 4 * magnitude(t[1:], band) + divergence(t, band, options),
         grad_scale=slope_scale("route_dirmoe", banded=True, **options),
         raw_values={"prior_concentration": 1.5, "prior_hi": 2.0, "prior_lo": 0.125},
     )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from probmoe_ext import ops, reference
+from probmoe_ext.ops import fallback
+from tests.contract import assert_near
 
 NUMBERS: dict[str, Any] = {"temperature": 0.5, "concentration": 2.0, "prior": (1.5, 2.0, 0.25)}
 
@@ -39,6 +41,47 @@ def test_no_divergence_from_an_equal_prior(training: bool) -> None:
     hi, lo = torch.full_like(logits, 2.0), torch.full_like(logits, 0.25)
     _, _, kl, _ = ops.route_dirmoe(logits, hi, lo, 3, training=training, seed=1, **alike)
     assert torch.equal(kl, torch.zeros(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("gap", [1e-3, 0.1, 10.0])
+def test_divergence_keeps_its_digits(size: float, gap: float) -> None:
+    """In float32 the error is some ulps of |p - q| and of 1, however large log Gamma is (at 1e4 its own is 0.008)."""
+    ulp = torch.finfo(torch.float32).eps
+    hi = (size * (1 + gap * torch.rand(40, 24))).requires_grad_()
+    options: dict[str, Any] = {"temperature": 1.0, "concentration": 1.0, "prior": (1.0, size, size)}
+    _, _, kl, _ = ops.route_dirmoe(torch.zeros(40, 24), hi, hi, 3, training=False, **options)
+    (slope,) = torch.autograd.grad(kl.sum(), hi)
+    q = hi.detach().double().requires_grad_()
+    p = torch.full_like(q, torch.tensor(size).item())
+    want = ops.dirichlet_kl(q, p)
+    (true,) = torch.autograd.grad(want.sum(), q)
+    moved = ((p - q).abs() * (1 + 1 / p)).sum(-1).detach()
+    assert_near(kl, want, ulp * (4 * moved + 2), "divergence")  # the remainders are at most 1/24 for each of 24 experts
+    terms = (p - q).abs() * torch.polygamma(1, q) + (p - q).sum(-1, keepdim=True).abs() / q.sum(-1, keepdim=True)
+    assert_near(slope, true, 8 * ulp * terms.amax(-1, keepdim=True).detach(), "slope")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_single_precision_follows_double(normalize: bool) -> None:
+    """Gradients in float32 from the draws that float32 made, against the reference in float64 from the same."""
+    logits, hi, lo = heads(400, 48, torch.float32)
+    raw = torch.ops.probmoe_ext
+    numbers = (8, 8, 0.5, 0.2, 0.3, 20.0, 1.0, True, normalize)
+    weights, indices, kl, expected_k, noise, log_g = raw.route_dirmoe(
+        logits, hi, lo.expand_as(hi).contiguous(), torch.tensor(2), *numbers
+    )
+    upstream = torch.randn_like(weights), torch.randn_like(kl), torch.randn_like(expected_k)
+    got = raw.route_dirmoe_backward(*upstream, logits, hi, lo.expand_as(hi), indices, noise, log_g, *numbers)
+    want = fallback.route_dirmoe_backward(
+        *(x.double() for x in (*upstream, logits, hi, lo.expand_as(hi))),
+        indices,
+        noise.double(),
+        log_g.double(),
+        *numbers,
+    )
+    for a, b in zip(got, want, strict=True):
+        assert ((a.double() - b).abs() <= 1e-5 * b.abs().amax(-1, keepdim=True).clamp(min=1e-3)).all()
 
 
 def test_by_the_sentence() -> None:
