@@ -1,9 +1,9 @@
 """A small OLMoE from random weights by top-k, DirMoE and ReLU routing: ``python -m benchmarks.dirmoe_language_model``.
 
-The three models start from the same weights and see the same batches. They take turns, step by step, so that a slow
-moment of the machine hits all of them; the time of a step (forward, backward, update) is compared by the median over
-the steps of its ratio to top-k's. Writes ``docs/dirmoe_language_model.json`` and, if matplotlib is installed,
-``docs/dirmoe_language_model.svg``.
+The models start from the same weights and see the same batches. They take turns, step by step, so that a slow moment of
+the machine hits all of them; the time of a step (forward, backward, update) is the processor's, of one thread, and is
+compared by the median over the steps of its ratio to top-k's. Puts the results of the model under its name in
+``docs/dirmoe_language_model.json`` and, if matplotlib is installed, the curves in ``docs/dirmoe_<model>.svg``.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.run import machine
+from probmoe_ext.files import write_text
 from probmoe_ext.hf import swap_router
 from probmoe_ext.routers import ExpertsPerToken, Router, annealed_temperature, aux_losses, register_router
 from probmoe_ext.routers.dirmoe import dirmoe_routers, set_temperature
 from probmoe_ext.train.problems import generate
-from probmoe_ext.train.tiny import TINY_ACTIVE, TINY_EXPERTS, build_tiny
+from probmoe_ext.train.tiny import BUILT_IN, TINY_OLMOE, build_tiny
 
 ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "docs" / "dirmoe_language_model.json"
 BATCH, LENGTH, LEARNING_RATE, WARMUP = 16, 96, 3e-3, 20
 TEMPERATURE, RATE, FLOOR = 1.0, 0.995, 0.3
+ROUTERS = ("topk", "dirmoe", "remoe")
 
 
 @register_router("relu-routing")
@@ -60,11 +62,13 @@ class ReLURouter(Router):
         return weights, indices
 
 
-ROUTERS: dict[str, Callable[[Any], Any]] = {
-    "topk": lambda model: swap_router(model, "topk", k=TINY_ACTIVE),
-    "dirmoe": lambda model: swap_router(model, "dirmoe", k=TINY_ACTIVE, temperature=TEMPERATURE),
-    "remoe": lambda model: swap_router(model, "relu-routing", k=(0, TINY_EXPERTS), active=TINY_ACTIVE),
-}
+def swap(model: Any, router: str, experts: int, active: int) -> Any:
+    """The model with one of the three routers."""
+    if router == "dirmoe":
+        return swap_router(model, "dirmoe", k=active, temperature=TEMPERATURE)
+    if router == "remoe":
+        return swap_router(model, "relu-routing", k=(0, experts), active=active)
+    return swap_router(model, "topk", k=active)
 
 
 def batches(texts: list[str], tokenizer: Any, steps: int, seed: int) -> list[torch.Tensor]:
@@ -87,14 +91,15 @@ def held_out_loss(model: Any, data: list[torch.Tensor]) -> float:
     return sum(losses) / len(losses)
 
 
-def train(steps: int, seed: int) -> dict[str, Any]:
-    """Train all three in turns; curves, held-out losses and times by router."""
+def train(model_name: str, steps: int, seed: int) -> dict[str, Any]:
+    """Train a built-in model with each router, in turns; curves, held-out losses and times by router."""
     texts = [f"{one.question} {one.answer}" for one in generate("train", 4000, seed=seed)]
     held_out = [f"{one.question} {one.answer}" for one in generate("test", 600, seed=seed)]
-    base, tokenizer = build_tiny(texts, seed)
+    size = BUILT_IN[model_name]
+    base, tokenizer = build_tiny(texts, seed, model_name)
     data = batches(texts, tokenizer, steps, seed)
     judged = batches(held_out, tokenizer, 8, seed)
-    models = {name: swap(copy.deepcopy(base)).train() for name, swap in ROUTERS.items()}
+    models = {router: swap(copy.deepcopy(base), router, size.experts, size.active).train() for router in ROUTERS}
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
         for name, model in models.items()
@@ -109,13 +114,13 @@ def train(steps: int, seed: int) -> dict[str, Any]:
             model, optimizer = models[name], optimizers[name]
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
             torch.manual_seed(step)
-            start = time.perf_counter()
+            start = time.process_time()
             loss = model(ids, labels=ids).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            result[name]["milliseconds"].append(1e3 * (time.perf_counter() - start))
+            result[name]["milliseconds"].append(1e3 * (time.process_time() - start))
             result[name]["loss"].append(float(loss.detach()))
         gates = [float(router.open_gates) for router in dirmoe_routers(models["dirmoe"])]
         result["dirmoe"]["open_gates"].append(sum(gates) / len(gates))
@@ -152,11 +157,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Trains, prints a line for each router, and writes the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dirmoe_language_model")
+    parser.add_argument("--model", choices=sorted(BUILT_IN), default=TINY_OLMOE, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result = train(options.steps, options.seed)
+    result = train(options.model, options.steps, options.seed)
     for name in ROUTERS:
         one = result[name]
         print(
@@ -167,10 +173,16 @@ def main() -> None:
         del one["milliseconds"]
     for name, counts in (("dirmoe", "open_gates"), ("remoe", "active_experts")):
         result[name][counts] = [round(value, 3) for value in result[name][counts]]
-    record = {"machine": machine(), "steps": options.steps, "seed": options.seed, "routers": result}
-    (ROOT / "docs" / "dirmoe_language_model.json").write_text(json.dumps(record) + "\n")
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record[options.model] = {
+        "machine": machine(),
+        "steps": options.steps,
+        "seed": options.seed,
+        "routers": result,
+    }
+    write_text(RECORD, json.dumps(record) + "\n")
     try:
-        draw(result, ROOT / "docs" / "dirmoe_language_model.svg")
+        draw(result, ROOT / "docs" / f"dirmoe_{options.model}.svg")
     except ImportError:
         print("matplotlib is not installed: no plot")
 
