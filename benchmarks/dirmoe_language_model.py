@@ -25,13 +25,15 @@ from probmoe_ext.hf import swap_router
 from probmoe_ext.routers import ExpertsPerToken, Router, annealed_temperature, aux_losses, register_router
 from probmoe_ext.routers.dirmoe import dirmoe_routers, set_temperature
 from probmoe_ext.train.problems import generate
-from probmoe_ext.train.tiny import BUILT_IN, TINY_OLMOE, build_tiny
+from probmoe_ext.train.tiny import BUILT_IN, TINY_OLMOE, Size, build_tiny
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "dirmoe_language_model.json"
 BATCH, LENGTH, LEARNING_RATE, WARMUP = 16, 96, 3e-3, 20
 TEMPERATURE, RATE, FLOOR = 1.0, 0.995, 0.3
 ROUTERS = ("topk", "dirmoe", "remoe")
+MODELS = {**BUILT_IN, "wide-olmoe": Size(2, 256, 16, 4, 1024)}
+"""Beside the built-in models one of 26 M parameters, whose experts are as wide as those of OLMoE-1B-7B."""
 
 
 @register_router("relu-routing")
@@ -92,11 +94,11 @@ def held_out_loss(model: Any, data: list[torch.Tensor]) -> float:
 
 
 def train(model_name: str, steps: int, seed: int) -> dict[str, Any]:
-    """Train a built-in model with each router, in turns; curves, held-out losses and times by router."""
+    """Train a model with each router, in turns; curves, held-out losses and times by router."""
     texts = [f"{one.question} {one.answer}" for one in generate("train", 4000, seed=seed)]
     held_out = [f"{one.question} {one.answer}" for one in generate("test", 600, seed=seed)]
-    size = BUILT_IN[model_name]
-    base, tokenizer = build_tiny(texts, seed, model_name)
+    size = MODELS[model_name]
+    base, tokenizer = build_tiny(texts, seed, size)
     data = batches(texts, tokenizer, steps, seed)
     judged = batches(held_out, tokenizer, 8, seed)
     models = {router: swap(copy.deepcopy(base), router, size.experts, size.active).train() for router in ROUTERS}
@@ -157,7 +159,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Trains, prints a line for each router, and writes the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dirmoe_language_model")
-    parser.add_argument("--model", choices=sorted(BUILT_IN), default=TINY_OLMOE, help="default: %(default)s")
+    parser.add_argument("--model", choices=sorted(MODELS), default=TINY_OLMOE, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

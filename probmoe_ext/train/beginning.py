@@ -24,7 +24,7 @@ def load_beginning(config: TrainConfig, training: list[Example], checkpoint: Pat
     if checkpoint is not None and config.lora_rank is None:
         model, tokenizer = load_model(str(checkpoint), routing, config.dtype, config.experts)
     elif config.model in BUILT_IN:
-        model, tokenizer = build_tiny(tokenizer_text(config, training), config.seed, config.model)
+        model, tokenizer = build_tiny(tokenizer_text(config, training), config.seed, BUILT_IN[config.model])
         model.to(getattr(torch, config.dtype))
         set_experts(model, config.experts)
         apply_routing(model, routing)

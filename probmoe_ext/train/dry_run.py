@@ -39,7 +39,7 @@ def plan_training(config: TrainConfig, *, resume: bool = False, overwrite: bool 
     training = training[: config.limit]
     if config.model in BUILT_IN:
         tokenizer: Any = train_tokenizer(tokenizer_text(config, training))
-        model = tiny_config(tokenizer, config.model)
+        model = tiny_config(tokenizer, BUILT_IN[config.model])
     else:
         model, tokenizer = load_config_of(config.model), AutoTokenizer.from_pretrained(config.model)
     parameters = check_routing(model, routing)

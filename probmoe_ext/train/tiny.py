@@ -84,9 +84,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, max_length: in
     )
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast, name: str = TINY_OLMOE) -> OlmoeConfig:
-    """The configuration of a built-in model."""
-    size = BUILT_IN[name]
+def tiny_config(tokenizer: PreTrainedTokenizerFast, size: Size) -> OlmoeConfig:
+    """The configuration of a model of this size."""
     return OlmoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.width,
@@ -105,18 +104,18 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, name: str = TINY_OLMOE) -> O
 
 
 def build_tiny(
-    texts: Iterable[str], seed: int, name: str = TINY_OLMOE
+    texts: Iterable[str], seed: int, size: Size = BUILT_IN[TINY_OLMOE]
 ) -> tuple[OlmoeForCausalLM, PreTrainedTokenizerFast]:
-    """Build a built-in model for a training text.
+    """Build a model of random weights for a training text.
 
     Args:
         texts: what the tokenizer is trained on.
         seed: seeds torch's generator for the random weights.
-        name: one of `BUILT_IN`.
+        size: of the model.
 
     Returns:
         The float32 model and its tokenizer.
     """
     tokenizer = train_tokenizer(texts)
     torch.manual_seed(seed)
-    return OlmoeForCausalLM(tiny_config(tokenizer, name)), tokenizer
+    return OlmoeForCausalLM(tiny_config(tokenizer, size)), tokenizer
