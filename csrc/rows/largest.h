@@ -1,10 +1,10 @@
 /* The b largest logits of every row, and whose they are, ties to the lower index.
  *
  * A logit's bits, read as a whole number, order as the logit does (those of a negative one reversed). Their low bits
- * are given to the expert, so that networks of integer minima and maxima, every lane in step, carry the
- * indices along. What the low bits said is lost: where two neighbours in the result, or the last of it and the best
- * left out, agree in all others, and the low bits were not all zero (they are for logits that come from bfloat16 or
- * float16), the lane is ranked again, in full precision. */
+ * are given to the expert, so that networks of integer minima and maxima, every lane in step, carry the indices along.
+ * What the low bits said is lost: where two neighbours in the result, or the last of it and the best left out, agree in
+ * all others, and the low bits were not all zero (they are for logits that come from bfloat16 or float16), the lane is
+ * ranked again, in full precision. */
 #ifndef PM_ROWS_LARGEST_H
 #define PM_ROWS_LARGEST_H
 
@@ -81,11 +81,7 @@ PM_ALWAYS_INLINE void largest_by_insertion(const block *k, int b, bits low, vint
   for (int64_t i = 0; i < k->E; ++i) {
     vint candidate = rank_key(k, i, low, lost);
 #pragma GCC unroll 8
-    for (int j = 0; j < b; ++j) {
-      const vint larger = int_max_(candidate, best[j]);
-      candidate = int_min_(candidate, best[j]);
-      best[j] = larger;
-    }
+    for (int j = 0; j < b; ++j) put_in_order(&best[j], &candidate);
     *left_out = int_max_(*left_out, candidate);
   }
 }

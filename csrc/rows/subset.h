@@ -37,7 +37,7 @@ PM_ALWAYS_INLINE void part_pair(const block *k, int64_t i, const meeting *m, int
 PM_ALWAYS_INLINE void adjoint_columns(const block *k, int64_t begin, int64_t experts, int done, int columns, int plain,
                                       int tangent) {
   const int64_t cells = (int64_t)(k->b + 1) * (tangent ? 2 : 1), beside = k->b + 1;
-  const int64_t pairs = (experts + 1) / 2;
+  const int64_t pairs = states_of(experts, PAIRS);
   const int highest = done + columns == k->b, lowest = done == 0;
   const vreal zero = splat(0);
   vreal *state = k->adjoint + done + 1;
