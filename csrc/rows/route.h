@@ -150,21 +150,36 @@ PM_ALWAYS_INLINE vreal upstream_of(const chosen *c, const block *k, const pm_job
   return sum;
 }
 
+/* The results of the experts of S to their places. */
+PM_ALWAYS_INLINE void write_chosen(const vreal *v, const pm_job *job, unsigned wanted, int64_t row, int64_t E, int b) {
+  const int is_double = job->is_double;
+  void *const out = job->out;
+  for (unsigned left = wanted; left; left &= left - 1) {
+    const int l = __builtin_ctz(left);
+    const int64_t at = row + l, *choice = job->indices + at * b;
+    const real *value = (const real *)v + l;
+    for (int j = 0; j < b; ++j)
+      if ((uint64_t)choice[j] < (uint64_t)E) write_(out, is_double, at * E + choice[j], value[j * LANES]);
+  }
+}
+
 PM_ALWAYS_INLINE void route_backward_chosen(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                             int plain) {
   const int64_t E = k->E, cells = k->b + 1;
   const int b = k->b;
-  const chosen c = {{.E = b,
-                     .b = b,
-                     .w = k->draws, /* of use to those who draw, as are depth and top */
-                     .q = k->depth,
-                     .v = k->top,
-                     .adjoint = k->adjoint,
-                     .relay = k->relay,
-                     .table = k->apart},
-                    .e = k->direct,
-                    .grad = k->direct + b};
+  chosen c; /* what is not set here nobody asks for */
+  c.part.E = b;
+  c.part.b = b;
+  c.part.w = k->draws; /* of use to those who draw, as are depth and top */
+  c.part.q = k->depth;
+  c.part.v = k->top;
+  c.part.adjoint = k->adjoint;
+  c.part.relay = k->relay;
+  c.part.table = k->apart;
+  c.e = k->direct;
+  c.grad = k->direct + b;
   const block *part = &c.part;
+  prefetch_rows(job->out, job->is_double ? 8 : 4, row, rows, E);
   choose_experts(&c, k, job, row, rows, plain);
   prefix_all(k, plain, PAIRS);
   const vreal share = upstream_of(&c, k, job, row, rows) * k->inverse_sum;
@@ -184,16 +199,9 @@ PM_ALWAYS_INLINE void route_backward_chosen(const pm_job *job, block *k, int64_t
   /* From here on no expert has a tangent: that of B goes the way of B itself. */
   for (int64_t j = 0; j < cells; ++j) k->adjoint[j] = k->adjoint[cells + j];
   adjoint_all(k, plain, PAIRS);
-  for (int64_t i = 0; i < E; ++i) k->v[i] = fma_(k->v[i], k->inverse_total, -k->e[i] * share);
   for (int j = 0; j < b; ++j) part->v[j] = fma_(part->v[j], k->inverse_total, fma_(-c.e[j], share, c.grad[j]));
-  store_rows(k->v, lanes_of(wanted), row, E, job->out, job->is_double);
-  for (unsigned left = lanes_of(wanted); left; left &= left - 1) {
-    const int l = __builtin_ctz(left);
-    const int64_t *choice = job->indices + (row + l) * b;
-    for (int j = 0; j < b; ++j)
-      if ((uint64_t)choice[j] < (uint64_t)E)
-        write_(job->out, job->is_double, (row + l) * E + choice[j], ((const real *)part->v)[j * LANES + l]);
-  }
+  store_difference(k->v, k->inverse_total, k->e, share, lanes_of(wanted), row, E, job->out, job->is_double);
+  write_chosen(part->v, job, lanes_of(wanted), row, E, b);
 }
 
 PM_ALWAYS_INLINE void route_backward_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,

@@ -141,8 +141,7 @@ PM_ALWAYS_INLINE void marginals_body(const pm_job *job, block *k, int64_t row, i
   prefix_all(k, plain, PAIRS);
   memcpy(k->adjoint, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
   adjoint_all(k, plain, PAIRS);
-  for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
+  store_scaled(k->v, k->inverse_total, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
 PM_ROW_KERNEL(marginals, PAIRS, 0)
@@ -186,8 +185,7 @@ PM_ALWAYS_INLINE void covariance_body(const pm_job *job, block *k, int64_t row, 
   const source v = {job->vector, k->E, job->is_double};
   load_rows(&v, row, rows, k->E, k->v);
   multiply_covariance(k, k->v, plain);
-  for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
+  store_scaled(k->v, k->inverse_total, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
 PM_ROW_KERNEL(covariance, TANGENTS, 0)
@@ -281,8 +279,7 @@ PM_ALWAYS_INLINE void cardinality_backward_body(const pm_job *job, block *k, int
   for (int64_t j = 0; j < width; ++j) g[j] = (g[j] - mean) * k->sizes[k->a + j];
   for (int64_t j = 0; j < k->a; ++j) k->adjoint[j] = splat(0);
   adjoint_all(k, plain, PAIRS);
-  for (int64_t i = 0; i < k->E; ++i) k->v[i] *= k->inverse_total;
-  store_rows(k->v, lanes_of(wanted), row, k->E, job->out, job->is_double);
+  store_scaled(k->v, k->inverse_total, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
 
 PM_ROW_KERNEL(cardinality_backward, PAIRS, 0)
