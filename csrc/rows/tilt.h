@@ -53,13 +53,14 @@ static void block_load(block *k, const pm_job *job, int64_t row, int64_t rows) {
   load_rows(&in, row, rows, E, k->x);
   k->w[E] = k->v[E] = splat(0); /* the last one's partner, where E is odd */
   k->q[E] = splat(1);
-  vreal largest = splat(-(real)INFINITY), finite = splat(0); /* 0 as long as every logit is a finite number */
+  vreal largest = splat(-(real)INFINITY);
+  vmask unusual = {0}; /* x - x, which is 0 as long as every logit is a finite number */
   for (int64_t i = 0; i < E; ++i) {
     largest = max_(k->x[i], largest);
-    finite = fma_(k->x[i], splat(0), finite);
+    unusual |= (vmask)(k->x[i] - k->x[i]);
   }
   k->poison = k->infeasible = (vmask){0};
-  if (any(~(vmask)(finite == splat(0)))) largest = mark_poison(k);
+  if (any((vmask)(unusual != 0))) largest = mark_poison(k);
   k->base = select_((vmask)(max_(largest, -largest) > splat(4096)), largest, splat(0));
   vreal origin;
   exp_reduced(largest - k->base, &origin);
