@@ -6,12 +6,12 @@
  * "Plain" blocks have q_i = 1 and w_i = tilted odds, one multiply-add a cell; general ones have both scaled down
  * (tilt.h). Every function below takes `plain` as a constant and is inlined, so that neither pays for the other.
  *
- * Drawing needs the prefix before every expert. The way back takes experts by two, whose factors multiply to
+ * The passes wait for loads and stores more than for arithmetic, so tables have a state for every two experts. To draw,
+ * the one between is computed again where it is needed (sample.h). The way back multiplies the two factors first,
  *     (q + w X)(q' + w' X) = none + one X + both X^2,
- * with the same multiply-adds and half the loads and stores, which are what the passes wait for; only the last step
- * tells the two apart (subset.h). The prefix is kept for a segment of experts at a time, small enough for the cache;
- * the rows before each segment are its checkpoints, from which the way back recomputes it (one segment, when everything
- * fits: then nothing is redone). */
+ * and only its last step tells the two apart (subset.h). The prefix is kept for a segment of experts at a time, small
+ * enough for the cache; the rows before each segment are its checkpoints, from which the way back recomputes it (one
+ * segment, when everything fits: then nothing is redone). */
 #ifndef PM_ROWS_BLOCK_H
 #define PM_ROWS_BLOCK_H
 
@@ -20,8 +20,9 @@
 #include "../kernels.h"
 #include "transfer.h"
 
-/* What a block's table holds: the state before every expert, before every pair, or that and its tangent. */
-typedef enum states { SINGLES, PAIRS, TANGENTS } states;
+/* What a block's table holds: the state before every expert; before every second one, the same numbers; before every
+ * pair, whose factors are multiplied first; or that and its tangent. */
+typedef enum states { SINGLES, ALTERNATES, PAIRS, TANGENTS } states;
 
 PM_ALWAYS_INLINE int width_of(states of) { return of == TANGENTS ? 2 : 1; }
 PM_ALWAYS_INLINE int experts_in(states of) { return of == SINGLES ? 1 : 2; }
@@ -36,7 +37,7 @@ typedef struct block {
   vreal *e;           /* [E] exp(x - base) 2^-exponent: the softmax, but for the factor inverse_sum */
   vreal *w;           /* [E + 1] odds or inclusion probabilities; where E is odd, the last expert's partner has 0 */
   vreal *q;           /* [E + 1] what is left of 1 in a general block's factor; the partner has 1 */
-  vreal *depth;       /* [E + 1] powers of two taken out before each expert (general blocks that draw) */
+  vreal *depth;       /* [E + 2] powers of two taken out before each expert (general blocks that draw) */
   vreal *v;           /* [E + 1] direction of the tangent, then results */
   vreal *direct;      /* [E] routing backward: the part of the gradient that needs no recursion */
   vreal *sizes;       /* [b + 1] weight of each size: 1 for exact k, exp(lambda (j - j0)) in a band, 0 below a */
@@ -67,13 +68,13 @@ typedef struct block {
   vreal least_total;    /* ... and the Z beside which that is negligible */
 } block;
 
-/* States in a segment. */
+/* States in a segment: an even number, but for the last, as a table of single experts is also one of every second. */
 PM_ALWAYS_INLINE int64_t segment_states(int64_t E, int64_t b, int width) {
   const int64_t row = (b + 1) * width * (int64_t)sizeof(vreal);
   int64_t length = PM_TABLE_BYTES / row;
   const int64_t least = 32; /* checkpoints must not outgrow the table they save */
   if (length < least) length = least;
-  return length < E ? length : E;
+  return length < E ? length & ~(int64_t)1 : E;
 }
 
 /* Whether routing's backward pass takes the experts of S by themselves: few of many. */
@@ -99,7 +100,7 @@ static void block_begin(block *k, const pm_job *job, states of) {
   k->e = next, next += E;
   k->w = next, next += E + 1;
   k->q = next, next += E + 1;
-  k->depth = next, next += E + 1;
+  k->depth = next, next += E + 2;
   k->v = next, next += E + 1;
   k->direct = next, next += E;
   k->sizes = next, next += b + 1;

@@ -49,6 +49,19 @@ PM_ALWAYS_INLINE pair pair_slope(const block *k, int64_t i, int plain) {
   return (pair){.one = fma_(wv, k->q[i + 1], k->q[i] * wv2), .both = fma_(wv, k->w[i + 1], k->w[i] * wv2)};
 }
 
+/* The columns in A[2 ..], and the one before them in A[1], times the factor q + w X; the `first` columns of a plain
+ * block have the constant 1 before them. */
+PM_ALWAYS_INLINE void multiply_state(vreal *A, int columns, vreal w, vreal q, int plain, int first) {
+#pragma GCC unroll 8
+  for (int c = columns + 1; c > 1; --c) {
+    if (first && c == 2)
+      A[c] += w;
+    else
+      A[c] = fma_(w, A[c - 1], plain ? A[c] : q * A[c]);
+  }
+  if (!first) A[1] = fma_(w, A[0], plain ? A[1] : q * A[1]);
+}
+
 /* Columns done+1 .. done+columns of the table's states, whose first is there, and with a tangent their derivatives b +
  * 1 columns on: `experts` experts from `begin` on. */
 PM_ALWAYS_INLINE void prefix_columns(const block *k, int64_t begin, int64_t experts, int done, int columns, int plain,
@@ -72,21 +85,15 @@ PM_ALWAYS_INLINE void prefix_columns(const block *k, int64_t begin, int64_t expe
       A[1] = before[0];
       if (tangent) dA[1] = dbefore[0];
     }
-    if (of == SINGLES) {
-      const vreal w = k->w[i];
-#pragma GCC unroll 8
-      for (int c = columns + 1; c > 1; --c) {
-        if (first && c == 2)
-          A[c] += w;
-        else
-          A[c] = fma_(w, A[c - 1], plain ? A[c] : k->q[i] * A[c]);
-      }
+    if (of != SINGLES && done > 0) {
+      A[0] = before[-1];
+      if (tangent) dA[0] = dbefore[-1];
+    }
+    if (of == SINGLES || of == ALTERNATES) {
+      multiply_state(A, columns, k->w[i], plain ? zero : k->q[i], plain, first);
+      if (of == ALTERNATES) multiply_state(A, columns, k->w[i + 1], plain ? zero : k->q[i + 1], plain, first);
     } else {
       const pair f = pair_at(k, i, plain), df = tangent ? pair_slope(k, i, plain) : f;
-      if (done > 0) {
-        A[0] = before[-1];
-        if (tangent) dA[0] = dbefore[-1];
-      }
 #pragma GCC unroll 8
       for (int c = columns + 1; c > 1; --c) {
         const int one_is_1 = first && c == 2, both_is_1 = first && c == 3, none_below = done == 0 && c == 2;
@@ -122,7 +129,8 @@ PM_ALWAYS_INLINE void prefix_empty(const block *k, int64_t begin, int64_t expert
   const int64_t cells = (int64_t)(k->b + 1) * width_of(of);
   vreal *state = k->table;
   for (int64_t i = begin; i < begin + experts; i += experts_in(of), state += cells) {
-    state[cells] = (of == SINGLES ? k->q[i] : k->q[i] * k->q[i + 1]) * state[0];
+    state[cells] = k->q[i] * state[0];
+    if (of != SINGLES) state[cells] *= k->q[i + 1];
     if (of == TANGENTS) state[cells + k->b + 1] = splat(0);
   }
 }
@@ -148,23 +156,27 @@ PM_ALWAYS_INLINE int64_t states_of(int64_t experts, states of) {
     }                                                                                          \
   }
 #define PM_PREFIX_CALL_0_SINGLES(n) prefix_columns(k, begin, experts, done, n, 0, SINGLES)
+#define PM_PREFIX_CALL_0_ALTERNATES(n) prefix_columns(k, begin, experts, done, n, 0, ALTERNATES)
 #define PM_PREFIX_CALL_0_PAIRS(n) prefix_columns(k, begin, experts, done, n, 0, PAIRS)
 #define PM_PREFIX_CALL_0_TANGENTS(n) prefix_columns(k, begin, experts, done, n, 0, TANGENTS)
-#define PM_PREFIX_CALL_1_SINGLES(n) prefix_columns(k, begin, experts, done, n, 1, SINGLES)
+#define PM_PREFIX_CALL_1_ALTERNATES(n) prefix_columns(k, begin, experts, done, n, 1, ALTERNATES)
 #define PM_PREFIX_CALL_1_PAIRS(n) prefix_columns(k, begin, experts, done, n, 1, PAIRS)
 #define PM_PREFIX_CALL_1_TANGENTS(n) prefix_columns(k, begin, experts, done, n, 1, TANGENTS)
 
 PM_PREFIX_FORM(prefix_general_singles, 0, SINGLES)
+PM_PREFIX_FORM(prefix_general_alternates, 0, ALTERNATES)
 PM_PREFIX_FORM(prefix_general_pairs, 0, PAIRS)
 PM_PREFIX_FORM(prefix_general_tangents, 0, TANGENTS)
-PM_PREFIX_FORM(prefix_plain_singles, 1, SINGLES)
+PM_PREFIX_FORM(prefix_plain_alternates, 1, ALTERNATES)
 PM_PREFIX_FORM(prefix_plain_pairs, 1, PAIRS)
 PM_PREFIX_FORM(prefix_plain_tangents, 1, TANGENTS)
 
-/* One compiled copy for each form, whoever calls it. */
+/* One compiled copy for each form, whoever calls it. No plain block asks for every state. */
 PM_ALWAYS_INLINE void prefix_states(const block *k, int64_t begin, int64_t experts, int plain, states of) {
   if (of == SINGLES)
-    (plain ? prefix_plain_singles : prefix_general_singles)(k, begin, experts);
+    prefix_general_singles(k, begin, experts);
+  else if (of == ALTERNATES)
+    (plain ? prefix_plain_alternates : prefix_general_alternates)(k, begin, experts);
   else if (of == PAIRS)
     (plain ? prefix_plain_pairs : prefix_general_pairs)(k, begin, experts);
   else

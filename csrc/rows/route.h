@@ -25,8 +25,9 @@ PM_ALWAYS_INLINE void write_route(const block *k, const pm_job *job, int64_t row
 
 PM_ALWAYS_INLINE void route_sample_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted,
                                         int plain) {
-  (void)rows;
-  prefix_all(k, plain, SINGLES);
+  prefetch_rows(job->out_indices, 8, row, rows, k->b);
+  if (job->out) prefetch_rows(job->out, job->is_double ? 8 : 4, row, rows, k->b);
+  prefix_all(k, plain, drawn_from(k, plain));
   draw(k, job, (uint64_t)(job->shape.first_row + row), wanted, plain);
   write_route(k, job, row, wanted);
 }

@@ -3,7 +3,8 @@
  * A_i[j] is the (tilted) mass of the j-subsets of experts 1..i, that is, of those whose last member is at most i. So
  * with j members still to choose among experts 1..n, the last one is the smallest i with A_i[j] > u A_n[j]: inversion,
  * one uniform a member. A_i[j] does not decrease in i, so that i is the number of states with A_i[j] <= u A_n[j],
- * counted with every lane in step: every fourth state first, then the three between by bisection.
+ * counted with every lane in step. The table has every second state; the one between, to the same bits, is computed for
+ * the pair that the count ends at. Of many states every fourth is counted first, then the three between by bisection.
  *
  * Where factors were divided by powers of two, the state holds A_i[j] 2^-depth_i and the comparison moves its right
  * side by the difference of the depths, which is exact. In the normalised form A_i[j] carries the product q_1 .. q_i,
@@ -77,11 +78,16 @@ PM_ALWAYS_INLINE vreal level_at(const walk *at, vreal depth, int plain) {
   return select_((vmask)(difference < splat(0)), splat(-1), scale_up(at->level, difference));
 }
 
-/* The lanes' members among the experts of one segment, last first, into `order`. `table` holds the states before
- * expert `begin` and after each of its `length` experts. */
-PM_ALWAYS_INLINE void choose_by_count(const block *k, const vreal *table, int64_t begin, int64_t length, walk *at,
+/* A[j] of the lanes' states: 1 for j = 0 in plain blocks, whose table leaves it out. */
+PM_ALWAYS_INLINE vreal mass_at(const vreal *table, vint state, int j, int plain) {
+  return plain && j == 0 ? splat(1) : pick(table + j, state);
+}
+
+/* The lanes' members among the experts of one segment, last first, into `order`. `table` holds the states before expert
+ * `begin` and after each of its `pairs` of experts. */
+PM_ALWAYS_INLINE void choose_by_count(const block *k, const vreal *table, int64_t begin, int64_t pairs, walk *at,
                                       int plain) {
-  const int64_t cells = k->b + 1, stride = length > 128 ? 8 : 4;
+  const int64_t cells = k->b + 1, stride = pairs > 64 ? 4 : 1;
   const vreal *depth = k->depth + begin;
   for (int j = k->b; j > 0; --j) {
     const vreal *mass = table + j;
@@ -89,19 +95,28 @@ PM_ALWAYS_INLINE void choose_by_count(const block *k, const vreal *table, int64_
     const vmask here = (vmask)(at->left == j) & (vmask)(mass[0] <= level_at(at, depth[0], plain));
     if (!any(here)) continue;
     vint passed = {0};
-    for (int64_t i = stride; i < length; i += stride)
-      passed = count_where_at_most(passed, (bits)stride, mass[i * cells], level_at(at, depth[i], plain));
+    for (int64_t n = stride; n < pairs; n += stride)
+      passed = count_where_at_most(passed, (bits)stride, mass[n * cells], level_at(at, depth[2 * n], plain));
     for (int64_t half = stride / 2; half > 0; half /= 2) {
-      const vint middle = int_min_(passed + (bits)half, splat_bits((bits)length));
-      const vreal level = level_at(at, plain ? at->level : pick(depth, middle), plain);
+      const vint middle = int_min_(passed + (bits)half, splat_bits((bits)pairs));
+      const vreal level = level_at(at, plain ? at->level : pick(depth, middle * 2), plain);
       passed = count_where_at_most(passed, (bits)half, pick(mass, middle * (bits)cells), level);
     }
-    k->order[j - 1] = int_select_(here, passed + (bits)begin, k->order[j - 1]);
+    /* The member is one of this pair: the second, if the state between is passed as well. */
+    passed = int_min_(passed, splat_bits((bits)pairs - 1)); /* of lanes that are not here */
+    const vint first = passed * 2, state = passed * (bits)cells;
+    const vreal w = pick(k->w + begin, first), q = plain ? splat(1) : pick(k->q + begin, first);
+    const vreal before = mass_at(table, state, j, plain), below = mass_at(table, state, j - 1, plain);
+    const vreal between = fma_(w, below, plain ? before : q * before);
+    const vreal level = level_at(at, plain ? at->level : pick(depth, first + 1), plain);
+    const vmask second = (vmask)(between <= level);
+    const vint member = first - second;
+    k->order[j - 1] = int_select_(here, member + (bits)begin, k->order[j - 1]);
     at->left += here;
     if (j > 1) {
-      const vreal level = level_of(k->draws[j - 2], pick(mass - 1, passed * (bits)cells));
-      at->level = select_(here, level, at->level);
-      if (!plain) at->depth = select_(here, pick(depth, passed), at->depth);
+      const vreal next = fma_(w, mass_at(table, state, j - 2, plain), plain ? below : q * below);
+      at->level = select_(here, level_of(k->draws[j - 2], select_(second, next, below)), at->level);
+      if (!plain) at->depth = select_(here, pick(depth, member), at->depth);
     }
   }
 }
@@ -138,11 +153,15 @@ static void choose_by_steps(const block *k, const vreal *table, int64_t begin, i
 }
 #undef PM_MASS
 
+/* The table that draws are made from. */
+PM_ALWAYS_INLINE states drawn_from(const block *k, int plain) { return plain || k->by_powers ? ALTERNATES : SINGLES; }
+
 /* Draws S into `order`: [b] ascending, slots past |S| at E; 0, 1, 2, ... for poisoned rows. The rows' draws are counted
  * from `first`. Needs the last segment's table; overwrites `top`, and with several segments the table. */
 PM_ALWAYS_INLINE void draw(block *k, const pm_job *job, uint64_t first, vmask wanted, int plain) {
   const int b = k->b;
-  const vreal *end = prefix_end(k, SINGLES);
+  const states table = drawn_from(k, plain);
+  const vreal *end = prefix_end(k, table);
   const vmask drawable = ~k->poison & (vmask)(k->total > splat(0));
   const vint size = int_select_(drawable, draw_size(k, end, job->seed, first), splat_bits(b));
   uniforms(job->seed, first, b, PM_DRAW_ITEM, k->top);
@@ -158,9 +177,9 @@ PM_ALWAYS_INLINE void draw(block *k, const pm_job *job, uint64_t first, vmask wa
   for (int j = 0; j < b; ++j) k->order[j] = int_select_((vmask)(size > j), splat_bits(j), splat_bits((bits)k->E));
   for (int64_t s = k->segments - 1; s >= 0; --s) {
     const int64_t begin = s * k->segment, stop = s + 1 == k->segments ? k->E : begin + k->segment;
-    prefix_segment(k, s, plain, SINGLES);
-    if (plain || k->by_powers)
-      choose_by_count(k, k->table, begin, stop - begin, &at, plain);
+    prefix_segment(k, s, plain, table);
+    if (table == ALTERNATES)
+      choose_by_count(k, k->table, begin, states_of(stop - begin, ALTERNATES), &at, plain);
     else
       for (int l = 0; l < LANES; ++l) choose_by_steps(k, k->table, begin, l, &at);
   }
@@ -170,9 +189,9 @@ PM_ALWAYS_INLINE void sample_body(const pm_job *job, block *k, int64_t row, int6
   (void)rows;
   for (int64_t n = 0; n < job->samples; ++n) {
     if (n == 0)
-      prefix_all(k, plain, SINGLES);
+      prefix_all(k, plain, drawn_from(k, plain));
     else if (k->segments > 1)
-      compute_segment(k, k->segments - 1, plain, SINGLES);
+      compute_segment(k, k->segments - 1, plain, drawn_from(k, plain));
     const int64_t number = n * job->sample_stride + row;
     draw(k, job, (uint64_t)(job->shape.first_row + number), wanted, plain);
     store_indices(k->order, lanes_of(wanted), number, k->b, job->out_indices);

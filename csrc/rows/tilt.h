@@ -200,7 +200,7 @@ static void tilt_scaled(block *k) {
     k->depth[i] = depth;
     depth += taken;
   }
-  k->depth[E] = depth;
+  k->depth[E] = k->depth[E + 1] = depth;
 }
 
 static void tilt_normalised(block *k) {
