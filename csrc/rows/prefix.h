@@ -190,7 +190,7 @@ PM_ALWAYS_INLINE int64_t segment_experts(const block *k, int64_t s) {
 /* The table of segment s from its checkpoint. */
 PM_ALWAYS_INLINE void compute_segment(const block *k, int64_t s, int plain, states of) {
   const int64_t cells = (int64_t)(k->b + 1) * width_of(of);
-  memcpy(k->table, k->checkpoints + s * cells, (size_t)cells * sizeof(vreal));
+  copy_vectors(k->table, k->checkpoints + s * cells, cells);
   prefix_states(k, s * k->segment, segment_experts(k, s), plain, of);
 }
 
@@ -214,12 +214,11 @@ PM_ALWAYS_INLINE void sum_sizes(block *k, const vreal *end) {
 PM_ALWAYS_INLINE void prefix_all(block *k, int plain, states of) {
   const int64_t cells = (int64_t)(k->b + 1) * width_of(of);
   vreal *state = k->checkpoints;
-  for (int64_t c = 0; c < cells; ++c) state[c] = splat(0);
+  fill_vectors(state, splat(0), cells);
   state[0] = splat(1);
   for (int64_t s = 0; s < k->segments; ++s) {
     compute_segment(k, s, plain, of);
-    if (s + 1 < k->segments)
-      memcpy(k->checkpoints + (s + 1) * cells, segment_end(k, s, of), (size_t)cells * sizeof(vreal));
+    if (s + 1 < k->segments) copy_vectors(k->checkpoints + (s + 1) * cells, segment_end(k, s, of), cells);
   }
   sum_sizes(k, prefix_end(k, of));
 }

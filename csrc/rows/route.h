@@ -66,7 +66,7 @@ PM_ALWAYS_INLINE real grad_of(const pm_job *job, int64_t at) {
 static vreal upstream(block *k, const pm_job *job, int64_t row, int64_t rows, vreal *shift) {
   const uint64_t E = (uint64_t)k->E;
   const int b = k->b;
-  for (uint64_t i = 0; i < E; ++i) k->direct[i] = splat(0);
+  fill_vectors(k->direct, splat(0), k->E);
   real total[LANES] = {0}, taken[LANES] = {0};
   for (int l = 0; l < rows; ++l) {
     const int64_t *choice = job->indices + (row + l) * b;
@@ -116,9 +116,10 @@ PM_ALWAYS_INLINE void choose_experts(const chosen *c, const block *k, const pm_j
                                      int plain) {
   const uint64_t E = (uint64_t)k->E;
   const int b = k->b;
-  for (int j = 0; j < b; ++j) {
-    c->e[j] = splat(0);
-    if (!plain) c->part.w[j] = splat(0), c->part.q[j] = splat(1);
+  fill_vectors(c->e, splat(0), b);
+  if (!plain) {
+    fill_vectors(c->part.w, splat(0), b);
+    fill_vectors(c->part.q, splat(1), b);
   }
   const int64_t *choice = job->indices + row * b;
   for (int l = 0; l < rows; ++l, choice += b) {
@@ -185,20 +186,18 @@ PM_ALWAYS_INLINE void route_backward_chosen(const pm_job *job, block *k, int64_t
   prefix_all(k, plain, PAIRS);
   const vreal share = upstream_of(&c, k, job, row, rows) * k->inverse_sum;
   const vreal *others = prefix_end(k, PAIRS);
-  for (int j = 0; j < b; ++j) part->v[j] = c.grad[j];
+  copy_vectors(part->v, c.grad, b);
   part->w[b] = part->v[b] = splat(0); /* the last one's partner, where b is odd */
   if (!plain) part->q[b] = splat(1);
-  for (int64_t j = 0; j < cells; ++j) {
-    part->table[j] = others[j];
-    part->table[cells + j] = splat(0);
-  }
+  copy_vectors(part->table, others, cells);
+  fill_vectors(part->table + cells, splat(0), cells);
   prefix_states(part, 0, b, plain, TANGENTS);
   const vreal *end = part->table + states_of(b, TANGENTS) * 2 * cells;
   sum_sizes(k, end);
   begin_adjoint(k, end);
   adjoint_states(part, 0, b, plain, TANGENTS);
   /* From here on no expert has a tangent: that of B goes the way of B itself. */
-  for (int64_t j = 0; j < cells; ++j) k->adjoint[j] = k->adjoint[cells + j];
+  copy_vectors(k->adjoint, k->adjoint + cells, cells);
   adjoint_all(k, plain, PAIRS);
   for (int j = 0; j < b; ++j) part->v[j] = fma_(part->v[j], k->inverse_total, fma_(-c.e[j], share, c.grad[j]));
   store_difference(k->v, k->inverse_total, k->e, share, lanes_of(wanted), row, E, job->out, job->is_double);

@@ -28,6 +28,22 @@ typedef bits vint __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR
 typedef vint vmask; /* 0 or -1 a lane */
 typedef pattern vpattern __attribute__((vector_size(PM_VECTOR_BYTES), aligned(PM_VECTOR_BYTES)));
 
+/* A few vectors. Compilers would call memset and memcpy, which take longer to start than these loops to run. */
+#define PM_REMAIN_A_LOOP __asm__ volatile("")
+PM_ALWAYS_INLINE void fill_vectors(vreal *to, vreal value, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = value;
+    PM_REMAIN_A_LOOP;
+  }
+}
+
+PM_ALWAYS_INLINE void copy_vectors(vreal *to, const vreal *from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = from[i];
+    PM_REMAIN_A_LOOP;
+  }
+}
+
 /* The operations that C's vector types do not spell. max(a, b) and min(a, b) return b where either is NaN. */
 #if PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
 #define PM_FMA(suffix) _mm512_fmadd_##suffix

@@ -126,8 +126,7 @@ PM_ALWAYS_INLINE void adjoint_states(const block *k, int64_t begin, int64_t expe
 }
 
 PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, states of) {
-  if (k->b == 0) /* no column to go over */
-    for (int64_t i = 0; i < k->E; ++i) k->v[i] = splat(0);
+  if (k->b == 0) fill_vectors(k->v, splat(0), k->E); /* no column to go over */
   for (int64_t s = k->segments - 1; s >= 0; --s) {
     prefix_segment(k, s, plain, of);
     adjoint_states(k, s * k->segment, segment_experts(k, s), plain, of);
@@ -139,7 +138,7 @@ PM_ALWAYS_INLINE void adjoint_all(block *k, int plain, states of) {
 PM_ALWAYS_INLINE void marginals_body(const pm_job *job, block *k, int64_t row, int64_t rows, vmask wanted, int plain) {
   (void)rows;
   prefix_all(k, plain, PAIRS);
-  memcpy(k->adjoint, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
+  copy_vectors(k->adjoint, k->sizes, k->b + 1);
   adjoint_all(k, plain, PAIRS);
   store_scaled(k->v, k->inverse_total, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
@@ -277,7 +276,7 @@ PM_ALWAYS_INLINE void cardinality_backward_body(const pm_job *job, block *k, int
   load_rows(&grad, row, rows, width, g);
   for (int64_t j = 0; j < width; ++j) mean = fma_(g[j], k->top[j], mean);
   for (int64_t j = 0; j < width; ++j) g[j] = (g[j] - mean) * k->sizes[k->a + j];
-  for (int64_t j = 0; j < k->a; ++j) k->adjoint[j] = splat(0);
+  fill_vectors(k->adjoint, splat(0), k->a);
   adjoint_all(k, plain, PAIRS);
   store_scaled(k->v, k->inverse_total, lanes_of(wanted), row, k->E, job->out, job->is_double);
 }
@@ -295,7 +294,7 @@ static void entropy_general(const pm_job *job, block *k, int64_t row, int64_t ro
   const vreal normaliser = log_normaliser(k);
   vreal spread = splat(0);
   vreal *B = k->adjoint;
-  memcpy(B, k->sizes, (size_t)(k->b + 1) * sizeof(vreal));
+  copy_vectors(B, k->sizes, k->b + 1);
   for (int64_t s = k->segments - 1; s >= 0; --s) {
     const int64_t begin = s * k->segment, stop = s + 1 == k->segments ? k->E : begin + k->segment;
     prefix_segment(k, s, 0, SINGLES);

@@ -111,7 +111,7 @@ static vmask tilt_plain(block *k) {
   power = select_(tilted, power, power_of_two(clamped));
   exponent = select_(tilted, exponent, clamped);
   k->power = power;
-  for (int j = 0; j < a; ++j) k->sizes[j] = splat(0);
+  fill_vectors(k->sizes, splat(0), a);
   if (a == b)
     k->sizes[b] = splat(1);
   else {
@@ -139,7 +139,7 @@ static vmask tilt_plain(block *k) {
 
 /* Weights of the sizes for the tilt of each lane. */
 static void weigh_sizes(block *k) {
-  for (int j = 0; j < k->a; ++j) k->sizes[j] = splat(0);
+  fill_vectors(k->sizes, splat(0), k->a);
   if (k->a == k->b) {
     k->sizes[k->b] = splat(1);
     return;
