@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-SOURCES := $(wildcard setup.py pyproject.toml csrc/*.[ch] csrc/*/*.[ch] csrc/shim/*.cpp cuda/*)
+SOURCES := $(wildcard setup.py pyproject.toml tools/compiling.py tools/nvcc.py csrc/*.[ch] csrc/*/*.[ch] csrc/shim/*.cpp cuda/*)
 
 .PHONY: demo test bench lint format core check-cuda clean
 .DELETE_ON_ERROR:

@@ -1,27 +1,32 @@
-"""Build of probmoe_ext: the C core as a static library, the CUDA kernels where there is an nvcc, one extension module.
+"""Build of probmoe_ext: the C core, the CUDA kernels where there is an nvcc and the C++ shim, one extension module.
 
 Environment: ``PROBMOE_CUDA=0`` leaves the CUDA kernels out, ``PROBMOE_CUDA=1`` insists on them, otherwise nvcc decides;
-``TORCH_CUDA_ARCH_LIST`` (``"8.0;9.0+PTX"``) picks the architectures; ``PROBMOE_DEBUG=1`` compiles without optimisation.
+``TORCH_CUDA_ARCH_LIST`` (``"8.0;9.0+PTX"``) picks the architectures; ``PROBMOE_DEBUG=1`` compiles without optimisation;
+``MAX_JOBS`` says how many compilers run at once, otherwise one for each core.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
-import re
+import shlex
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
-from setuptools.command.build_clib import build_clib
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "tools"))  # an isolated build does not have the project on its path
+
+from compiling import CompilationError, Unit, compile_all, count_workers  # noqa: E402
+from nvcc import Toolkit, find_nvcc  # noqa: E402
+
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 except ImportError:
     sys.exit(
         "probmoe_ext: torch is not importable in this build; install torch >= 2.10 first and build with "
@@ -31,7 +36,7 @@ except ImportError:
 DEBUG = os.environ.get("PROBMOE_DEBUG", "0") == "1"
 OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
 # Contraction is explicit in the core (rows/simd.h): the compiler must not add any, or results would depend on it.
-C_FLAGS = ["-std=c17", *OPTIMISE, "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+C_FLAGS = ["-std=c17", *OPTIMISE, "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc"]
 # isa/begin.h sets these targets by pragma, but clang's does not define the feature macros that rows/simd.h asks for.
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
@@ -39,142 +44,64 @@ ISA_FLAGS = {
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CXX_FLAGS = ["-std=c++20", *OPTIMISE, "-fvisibility=hidden", "-Wall"]
-DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
-def sources(folder: str, pattern: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(pattern))
-
-
-def isa_flags(unit: str) -> list[str]:
-    return ISA_FLAGS.get(Path(unit).stem.partition("_")[0], []) if X86 else []
-
-
-def find_nvcc() -> str | None:
-    """The nvcc of CUDA_HOME, or of the PATH; whether this machine has a GPU does not matter for building."""
-    wanted = os.environ.get("PROBMOE_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(f"probmoe_ext: PROBMOE_CUDA must be 0 or 1, not {wanted!r}")
-    if wanted == "0":
-        return None
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidate = os.path.join(home, "bin", "nvcc") if home else None
-    nvcc = candidate if candidate and os.path.exists(candidate) else shutil.which("nvcc")
-    if nvcc is None and wanted == "1":
-        sys.exit("probmoe_ext: PROBMOE_CUDA=1 but no nvcc was found; set CUDA_HOME or put nvcc on the PATH")
-    if nvcc is None:
-        print("probmoe_ext: no nvcc found, building for the CPU only (set CUDA_HOME to build the CUDA kernels)")
-    return nvcc
-
-
-class CudaBuild:
-    """Compiles ``cuda/*.cu`` with nvcc and says what the extension must link."""
-
-    def __init__(self, nvcc: str) -> None:
-        self.nvcc = nvcc
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        found = re.search(r"release (\d+\.\d+)", text)
-        self.version = found.group(1) if found else "unknown"
-        # nvcc on the PATH may be a wrapper; the toolkit's own dry run tells where its libraries are.
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-        top = re.search(r"#\$ TOP=(.+)", dry)
-        self.home = Path(top.group(1).strip()).resolve() if top else Path(nvcc).resolve().parent.parent
-
-    def architectures(self) -> list[str]:
-        listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
-        if listed:
-            return re.split(r"[;\s]+", listed.strip())
-        known = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
-        codes = [a for a in DEFAULT_ARCHITECTURES if f"sm_{a.replace('.', '')}" in known.split()]
-        return [*codes[:-1], f"{codes[-1]}+PTX"]
-
-    def flags(self) -> list[str]:
-        result = []
-        for architecture in self.architectures():
-            number = architecture.removesuffix("+PTX").replace(".", "")
-            result.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-            if architecture.endswith("+PTX"):
-                result.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        return result
-
-    def libraries(self) -> list[str]:
-        for name in ("lib64", "lib", "targets/x86_64-linux/lib"):
-            if (self.home / name / "libcudart_static.a").exists():
-                return [str(self.home / name)]
-        sys.exit(
-            f"probmoe_ext: {self.home} has nvcc but no libcudart_static.a; install the CUDA runtime's static library or set PROBMOE_CUDA=0"
-        )
-
-    def compile(self, folder: Path) -> list[str]:
-        folder.mkdir(parents=True, exist_ok=True)
-        units = sources("cuda", "*.cu")
-
-        def one(unit: str) -> str:
-            target = str(folder / (Path(unit).stem + ".cu.o"))
-            command = [
-                self.nvcc,
-                "-c",
-                unit,
-                "-o",
-                target,
-                "-std=c++17",
-                "-O3",
-                "-Icsrc",
-                "--threads=2",
-                "-Werror=all-warnings",
-                "-Xcompiler",
-                "-fPIC,-fvisibility=hidden",
-                *self.flags(),
-            ]
-            print(" ".join(command))
-            subprocess.run(command, cwd=ROOT, check=True)
-            return target
-
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return list(pool.map(one, units))
-
-
-class BuildCore(build_clib):
-    """The C core, its translation units side by side (one for each instruction set and precision)."""
-
-    def build_libraries(self, libraries) -> None:  # type: ignore[no-untyped-def]
-        if shutil.which(self.compiler.compiler_so[0]) is None:
-            sys.exit(
-                f"probmoe_ext: no C compiler ({self.compiler.compiler_so[0]!r} is not on the PATH); install gcc or clang, or set CC"
-            )
-        for name, build in libraries:
-
-            def one(unit: str, build=build) -> list[str]:  # type: ignore[no-untyped-def]
-                return self.compiler.compile(
-                    [unit],
-                    output_dir=self.build_temp,
-                    include_dirs=build["include_dirs"],
-                    extra_postargs=[*build["cflags"], *isa_flags(unit)],
-                    depends=build["obj_deps"][""],
-                )
-
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                objects = [o for group in pool.map(one, build["sources"]) for o in group]
-            self.compiler.create_static_lib(objects, name, output_dir=self.build_clib)
+def sources(pattern: str) -> list[str]:
+    """Files below ROOT, the largest first: the compilers' time goes by it, and a long unit must not begin last."""
+    found = sorted(ROOT.glob(pattern), key=lambda path: (-path.stat().st_size, path))
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 class Build(BuildExtension):
-    """The extension, after the core: in-place and editable builds do not build libraries by themselves."""
+    """The extension from units of three languages, which share the cores and are compiled again only where needed."""
 
-    def run(self) -> None:
-        self.run_command("build_clib")
-        super().run()
+    def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, use_ninja=False, **kwargs)
+
+    def core_command(self, unit: str) -> tuple[str, ...]:
+        isa = ISA_FLAGS.get(Path(unit).stem.partition("_")[0], []) if X86 else []
+        return (*self.compiler.compiler_so, *C_FLAGS, *isa)
+
+    def shim_command(self, extension: CppExtension) -> tuple[str, ...]:
+        """The C++ compiler as torch picks it, Python's flags for C, and what BuildExtension put into the extension."""
+        macros = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in extension.define_macros]
+        include = [f"-I{folder}" for folder in (*extension.include_dirs, *self.compiler.include_dirs)]
+        flags = (*self.compiler.compiler_so[1:], *macros, *include, *extension.extra_compile_args)
+        return (*shlex.split(get_cxx_compiler()), *flags)
 
     def build_extensions(self) -> None:
-        if CUDA is not None:
-            objects = CUDA.compile(Path(self.build_temp) / "cuda")
-            for extension in self.extensions:
-                extension.extra_objects += objects
+        for language, compiler, variable in (
+            ("C", self.compiler.compiler_so[0], "CC"),
+            ("C++", shlex.split(get_cxx_compiler())[0], "CXX"),
+        ):
+            if shutil.which(compiler) is None:
+                sys.exit(
+                    f"probmoe_ext: no {language} compiler ({compiler!r} is not on the PATH); "
+                    f"install gcc or clang, or set {variable}"
+                )
         super().build_extensions()
 
+    def build_extension(self, extension: CppExtension) -> None:
+        kernels = [Unit(Path(unit), CUDA.command()) for unit in CUDA_SOURCES] if CUDA else []
+        core = [Unit(Path(unit), self.core_command(unit)) for unit in CORE_SOURCES]
+        shim = [Unit(Path(unit), self.shim_command(extension)) for unit in SHIM_SOURCES]
+        # CUDA units take longest by far, those of the shim are short and alike: with them the cores end together.
+        units = [*kernels, *core, *shim]
+        try:
+            workers = int(self.parallel or 0) or count_workers()
+            objects = compile_all(units, ROOT, Path(self.build_temp).resolve(), workers, bool(self.force))
+        except (CompilationError, ValueError) as error:
+            raise CompileError(f"probmoe_ext: {error}") from None
+        linked = copy.copy(extension)
+        linked.sources, linked.depends, linked.extra_objects = [], list(map(str, objects)), list(map(str, objects))
+        super().build_extension(linked)
 
-nvcc = find_nvcc() if sources("cuda", "*.cu") else None
-CUDA = CudaBuild(nvcc) if nvcc else None
+
+CORE_SOURCES = [*sources("csrc/isa/*.c"), *sources("csrc/*.c")]
+SHIM_SOURCES = sources("csrc/shim/*.cpp")
+CUDA_SOURCES = sources("cuda/*.cu")
+nvcc = find_nvcc() if CUDA_SOURCES else None
+CUDA = Toolkit(nvcc) if nvcc else None
 
 macros = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # the stable ABI of torch 2.10: runs on every later one
@@ -183,40 +110,24 @@ macros = [
 if CUDA is None:
     reason = "PROBMOE_CUDA=0" if os.environ.get("PROBMOE_CUDA") == "0" else "no nvcc was found"
     macros.append(("PM_CUDA_ABSENCE", f'"{reason}"'))
-cuda_libraries: list[str] = []
-link: list[str] = []
-if CUDA is not None:
+else:
     macros += [
         ("PM_CUDA_VERSION", f'"{CUDA.version}"'),
-        ("PM_CUDA_ARCHITECTURES", f'"{";".join(CUDA.architectures())}"'),
+        ("PM_CUDA_ARCHITECTURES", f'"{";".join(CUDA.architectures)}"'),
     ]
-    cuda_libraries = CUDA.libraries()
-    link = ["-lcudart_static", "-ldl", "-lpthread", "-lrt"]
 
-headers = [*sources("csrc", "*.h"), *sources("csrc/rows", "*.h"), *sources("csrc/isa", "*.h")]
 setup(
-    libraries=[
-        (
-            "probmoe",
-            {
-                "sources": [*sources("csrc", "*.c"), *sources("csrc/isa", "*.c")],
-                "include_dirs": ["csrc"],
-                "obj_deps": {"": headers},
-                "cflags": C_FLAGS,
-            },
-        )
-    ],
     ext_modules=[
         CppExtension(
             "probmoe_ext._C",
-            sources("csrc/shim", "*.cpp"),
+            [*CORE_SOURCES, *SHIM_SOURCES],
             define_macros=macros,
-            include_dirs=[str(ROOT / "csrc"), str(ROOT / "cuda")],
-            library_dirs=cuda_libraries,
+            include_dirs=["csrc", "cuda"],
+            library_dirs=[CUDA.libraries()] if CUDA else [],
             extra_compile_args=CXX_FLAGS,
-            extra_link_args=link,
-            depends=[*headers, *sources("csrc/shim", "*.h")],
+            extra_link_args=["-lcudart_static", "-ldl", "-lpthread", "-lrt"] if CUDA else [],
+            language="c++",
         )
     ],
-    cmdclass={"build_clib": BuildCore, "build_ext": Build},
+    cmdclass={"build_ext": Build},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,38 @@ def test_build_without_compiler(bare: dict[str, str], tmp_path: Path) -> None:
     code, said = _build(["build"], {**bare, "CC": "no-such-compiler", "PROBMOE_CUDA": "0"}, tmp_path)
     assert code != 0
     assert "no C compiler" in said and "set CC" in said
+
+
+def test_compiler_that_fails(tmp_path: Path) -> None:
+    """Its last words are shown, and nothing is linked."""
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'the compiler is ill'; exit 3\n")
+    broken.chmod(0o755)
+    folders = ["--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", *folders],
+        cwd=ROOT,
+        env={**os.environ, "CC": str(broken), "PROBMOE_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "the compiler is ill" in done.stdout
+    assert "error: probmoe_ext: ninja ended with " in done.stderr
+    assert not list((tmp_path / "lib").rglob("_C*.so"))
+
+
+def test_number_of_compilers_is_checked(tmp_path: Path) -> None:
+    code, said = _build(["build"], {**os.environ, "MAX_JOBS": "none", "PROBMOE_CUDA": "0"}, tmp_path)
+    assert code != 0
+    assert "MAX_JOBS must be a whole number of at least 1, not 'none'" in said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_architectures_are_checked(tmp_path: Path) -> None:
+    code, said = _build(["build"], {**os.environ, "TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}, tmp_path)
+    assert code != 0
+    assert "TORCH_CUDA_ARCH_LIST" in said and "'Hopper' is not" in said
 
 
 def test_cuda_insisted_on_without_nvcc(bare: dict[str, str], tmp_path: Path) -> None:
