@@ -58,15 +58,15 @@ class Build(BuildExtension):
     def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super().__init__(*args, use_ninja=False, **kwargs)
 
-    def core_command(self, unit: str) -> tuple[str, ...]:
+    def core_command(self, unit: str, symbols: list[str]) -> tuple[str, ...]:
         isa = ISA_FLAGS.get(Path(unit).stem.partition("_")[0], []) if X86 else []
-        return (*self.compiler.compiler_so, *C_FLAGS, *isa)
+        return (*self.compiler.compiler_so, *symbols, *C_FLAGS, *isa)
 
-    def shim_command(self, extension: CppExtension) -> tuple[str, ...]:
+    def shim_command(self, extension: CppExtension, symbols: list[str]) -> tuple[str, ...]:
         """The C++ compiler as torch picks it, Python's flags for C, and what BuildExtension put into the extension."""
         macros = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in extension.define_macros]
         include = [f"-I{folder}" for folder in (*extension.include_dirs, *self.compiler.include_dirs)]
-        flags = (*self.compiler.compiler_so[1:], *macros, *include, *extension.extra_compile_args)
+        flags = (*self.compiler.compiler_so[1:], *symbols, *macros, *include, *extension.extra_compile_args)
         return (*shlex.split(get_cxx_compiler()), *flags)
 
     def build_extensions(self) -> None:
@@ -82,9 +82,12 @@ class Build(BuildExtension):
         super().build_extensions()
 
     def build_extension(self, extension: CppExtension) -> None:
+        # Python's own flags ask for debugging information, whether or not anybody looks at it: a third of the time.
+        asked = DEBUG or any(flag.startswith("-g") for flag in os.environ.get("CFLAGS", "").split())
+        symbols = ["-g"] if self.debug else [] if asked else ["-g0"]
         kernels = [Unit(Path(unit), CUDA.command()) for unit in CUDA_SOURCES] if CUDA else []
-        core = [Unit(Path(unit), self.core_command(unit)) for unit in CORE_SOURCES]
-        shim = [Unit(Path(unit), self.shim_command(extension)) for unit in SHIM_SOURCES]
+        core = [Unit(Path(unit), self.core_command(unit, symbols)) for unit in CORE_SOURCES]
+        shim = [Unit(Path(unit), self.shim_command(extension, symbols)) for unit in SHIM_SOURCES]
         # CUDA units take longest by far, those of the shim are short and alike: with them the cores end together.
         units = [*kernels, *core, *shim]
         try:
