@@ -26,6 +26,7 @@ def _load(name: str) -> ModuleType:
 
 
 compiling = _load("compiling")
+nvcc = _load("nvcc")
 
 COMPILER = os.environ.get("CC", "cc")
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C compiler")
@@ -112,3 +113,19 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MAX_JOBS", bad)
         with pytest.raises(ValueError, match=f"MAX_JOBS must be a whole number of at least 1, not '{bad}'"):
             compiling.count_workers()
+
+
+def test_code_flags() -> None:
+    assert nvcc.code_flags(["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]) == [
+        "-gencode=arch=compute_80,code=[sm_80,sm_86,sm_89]",
+        "-gencode=arch=compute_90,code=[sm_90]",
+        "-gencode=arch=compute_100,code=[sm_100]",
+        "-gencode=arch=compute_120,code=[sm_120]",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    assert nvcc.code_flags(["9.0a", "9.0", "8.9+PTX", "8.6"]) == [
+        "-gencode=arch=compute_90a,code=[sm_90a]",
+        "-gencode=arch=compute_90,code=[sm_90]",
+        "-gencode=arch=compute_86,code=[sm_89,sm_86]",
+        "-gencode=arch=compute_89,code=compute_89",
+    ]

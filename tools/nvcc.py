@@ -31,12 +31,24 @@ def find_nvcc() -> str | None:
 
 
 def code_flags(architectures: Sequence[str]) -> list[str]:
-    """The ``-gencode`` flags for architectures ("8.6", "12.0+PTX")."""
-    flags = []
+    """The ``-gencode`` flags for architectures ("8.6", "12.0+PTX").
+
+    Architectures that differ in the minor version alone share one pass of the compiler proper, that for the lowest of
+    them. Nothing in the kernels asks for more than a major version gives, so that their PTX would be the same text, and
+    the assembler makes the same code of it. Variants with a letter ("9.0a") stand by themselves.
+    """
+    families: dict[str, list[str]] = {}
     for architecture in architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        families.setdefault(number[:-1] if number.isdecimal() else number, []).append(number)
+    flags = []
+    for numbers in families.values():
+        lowest = min(numbers, key=lambda number: int(re.sub(r"\D", "", number)))
+        machine = ",".join(f"sm_{number}" for number in numbers)
+        flags.append(f"-gencode=arch=compute_{lowest},code=[{machine}]")
+    for architecture in architectures:
         if architecture.endswith("+PTX"):
+            number = architecture.removesuffix("+PTX").replace(".", "")
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
