@@ -1,7 +1,8 @@
 """What a user would run instead today: each maker takes logits and k and returns the closure to time.
 
 Nothing here is a strawman: each does at most what the published method does, and where a step is left out or replaced
-it is by a cheaper one, which its docstring says.
+it is by a cheaper one, which its docstring says. ProbMoE's own routing step by step is in `benchmarks.published`; here
+are its lean forms.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def gumbel_softmax_topk(logits: Tensor, k: Size, temperature: float = 1.0) -> Te
 def marginals_by_circuit(logits: Tensor, k: int) -> Tensor:
     """Marginals by the "exactly k" circuit: a balanced tree of log-space products, and its derivative.
 
-    A node of the tree covers a range of experts and holds ``log P(j of them)`` for j = 0..k: the log-sum-exp over i of
+    A node of the tree covers a range of experts and holds ``log P(j of them)`` for j up to k: the log-sum-exp over i of
     i on its left and j - i on its right, the elements of an exactly-k sentential decision diagram over a balanced
     vtree. The nodes of a level are evaluated together.
     """
@@ -85,12 +86,12 @@ def marginals_by_circuit(logits: Tensor, k: int) -> Tensor:
         log_p, log_q = F.logsigmoid(r), F.logsigmoid(-r)
         width = 1 << (r.shape[-1] - 1).bit_length()
         missing = width - r.shape[-1]  # experts that are never in
-        leaves = torch.stack([F.pad(log_q, (0, missing), value=0.0), F.pad(log_p, (0, missing), value=FLOOR)], dim=-1)
-        table = F.pad(leaves, (0, k - 1), value=FLOOR)[..., : k + 1]
-        sizes = torch.arange(k + 1, device=r.device)
-        partner = sizes.unsqueeze(-1) - sizes  # [j, i] = j - i, or the floor's column
-        partner = torch.where(partner < 0, k + 1, partner)
+        table = torch.stack([F.pad(log_q, (0, missing), value=0.0), F.pad(log_p, (0, missing), value=FLOOR)], dim=-1)
         while table.shape[-2] > 1:
+            most = table.shape[-1] - 1
+            j, i = (torch.arange(size + 1, device=r.device) for size in (min(2 * most, k), most))
+            partner = j.unsqueeze(-1) - i
+            partner = torch.where((partner < 0) | (partner > most), most + 1, partner)  # or the floor's column
             left, right = table[..., 0::2, :], F.pad(table[..., 1::2, :], (0, 1), value=FLOOR)
             table = torch.logsumexp(left.unsqueeze(-2) + right[..., partner], dim=-1)
         (marginals,) = torch.autograd.grad(table[..., 0, k].sum(), log_p, create_graph=logits.requires_grad)
@@ -98,7 +99,7 @@ def marginals_by_circuit(logits: Tensor, k: int) -> Tensor:
 
 
 def routed_through(marginals: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, Size], Tensor]:
-    """ProbMoE's weights ``(stopgrad(z - m) + m) s`` as published, at the experts of S.
+    """ProbMoE's weights ``(stopgrad(z - m) + m) s`` at the experts of S, lean: the marginals are computed once.
 
     S is drawn by Gumbel top-k here, which is cheaper than an exact draw from any table.
     """
