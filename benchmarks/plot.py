@@ -17,7 +17,7 @@ OURS = "route_probmoe_backward"
 CURVES = (
     (f"{OURS}:sweep", "ours", "route_probmoe"),
     (f"{OURS}:sweep", "peer", "softmax + topk"),
-    (f"{OURS}:sweep_log_space", "peer", "log-space dynamic program"),
+    (f"{OURS}:sweep_log_space", "peer", "published log-space program"),
 )
 
 

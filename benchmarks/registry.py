@@ -14,7 +14,7 @@ from torch import Tensor
 
 from probmoe_ext import ops, reference
 
-from . import gumbel
+from . import gumbel, published
 from .peers import (
     Make,
     Run,
@@ -176,8 +176,11 @@ _FORWARD, _BACKWARD = forward_only(_probmoe), with_backward(_probmoe)
 _TOP_K, _TOP_K_BACKWARD = forward_only(_top_k), with_backward(_top_k)
 _PEER, _PEER_BACKWARD = forward_only(softmax_topk), with_backward(_softmax_topk_weights)
 _SOFTMAX_TOPK = "softmax + topk"
-_LOG_SPACE = with_backward(routed_through(reference.subset_marginals_log_space))
-_CIRCUIT = with_backward(routed_through(marginals_by_circuit))
+_CHAIN = with_backward(lambda logits, k: published.route_by_chain(logits, largest(k))[0])
+_CIRCUIT = with_backward(lambda logits, k: published.route_by_differentiated_circuit(logits, largest(k))[0])
+_WALKED_CIRCUIT = with_backward(lambda logits, k: published.route_by_walked_circuit(logits, largest(k))[0])
+_LEAN_LOG_SPACE = with_backward(routed_through(reference.subset_marginals_log_space))
+_LEAN_CIRCUIT = with_backward(routed_through(marginals_by_circuit))
 
 _ALL = (
     Benchmark("route_probmoe", _FORWARD, _PEER, _SOFTMAX_TOPK, suite=SIZES, target=0.20),
@@ -193,14 +196,35 @@ _ALL = (
     Benchmark(
         "route_probmoe_backward:log_space",
         _BACKWARD,
-        _LOG_SPACE,
-        "log-space dynamic program",
+        _CHAIN,
+        "published log-space dynamic program",
         suite=(Case(512), Case(4096)),
         target=1 / 150,
     ),
     Benchmark(
-        "route_probmoe_backward:circuit", _BACKWARD, _CIRCUIT, "circuit form", suite=(Case(512),), target=1 / 1000
+        "route_probmoe_backward:circuit",
+        _BACKWARD,
+        _CIRCUIT,
+        "published circuit, differentiated",
+        suite=(Case(512),),
+        target=1 / 1000,
     ),
+    Benchmark(
+        "route_probmoe_backward:walked_circuit",
+        _BACKWARD,
+        _WALKED_CIRCUIT,
+        "published circuit, walked up and down",
+        suite=(Case(512),),
+        target=1 / 1000,
+    ),
+    Benchmark(
+        "route_probmoe_backward:lean_log_space",
+        _BACKWARD,
+        _LEAN_LOG_SPACE,
+        "log-space dynamic program, one pass, Gumbel draw",
+        suite=(Case(512), Case(4096)),
+    ),
+    Benchmark("route_probmoe_backward:lean_circuit", _BACKWARD, _LEAN_CIRCUIT, "tree of sizes, one pass, Gumbel draw"),
     Benchmark("route_probmoe_backward:gumbel", _BACKWARD, with_backward(gumbel_softmax_topk), "Gumbel-softmax top-k"),
     Benchmark(
         "route_probmoe_backward:sweep",
@@ -212,8 +236,8 @@ _ALL = (
     Benchmark(
         "route_probmoe_backward:sweep_log_space",
         _BACKWARD,
-        _LOG_SPACE,
-        "log-space dynamic program",
+        _CHAIN,
+        "published log-space dynamic program",
         suite=tuple(dict.fromkeys((*SWEEPS["E"], *SWEEPS["k"]))),
     ),
     *_against_itself("route_probmoe", _FORWARD),

@@ -16,7 +16,7 @@ from .measure import ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BETWEEN = re.compile(r"(<!-- benchmarks: (summary|all) -->\n).*?(<!-- benchmarks: end -->)", re.DOTALL)
-HEADER = f"{'benchmark':<36}{'T':>6}{'E':>5}{'k':>5}{'spread':>7}{'threads':>8}{'us/row':>10}{'peer':>10}{'ratio':>9}"
+HEADER = f"{'benchmark':<40}{'T':>6}{'E':>5}{'k':>5}{'spread':>7}{'threads':>8}{'us/row':>10}{'peer':>10}{'ratio':>9}"
 
 Result = dict[str, Any]
 
@@ -36,7 +36,7 @@ def verdict(result: Result) -> str:
 def line(result: Result) -> str:
     """One result for the terminal."""
     return (
-        f"{result['name']:<36}{result['T']:>6}{result['E']:>5}{size(result):>5}{result['spread']:>7g}"
+        f"{result['name']:<40}{result['T']:>6}{result['E']:>5}{size(result):>5}{result['spread']:>7g}"
         f"{result['threads']:>8}{result['ours']['median_us_per_row']:>10.4f}"
         f"{result['peer']['median_us_per_row']:>10.4f}{result['ratio']:>9.4f}  {verdict(result)}"
     )

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     benchmarks = chosen(options.names, parser)
     if options.list:
         for benchmark in benchmarks:
-            print(f"{benchmark.name:<36}against {benchmark.peer_name}")
+            print(f"{benchmark.name:<40}against {benchmark.peer_name}")
         return 0
     if not options.no_tests:
         tests = sorted({test for benchmark in benchmarks for test in benchmark.tests})
