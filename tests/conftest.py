@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from probmoe_ext.routers import registry
+
 
 @pytest.fixture(autouse=True)
-def _same_start() -> Iterator[None]:
-    """Start each test from one seed, and put back what it did to torch's global switches."""
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start each test from one seed, and put back what it did to torch's switches and to the registry of routers."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.manual_seed(0)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     # torch.compile switches this off for the whole process, for tests that come later as well.
     torch.distributions.Distribution.set_default_validate_args(True)
     yield

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import probmoe_ext
 from probmoe_ext.hf import model_card, push_to_hub, restore_router, routing_of, save_pretrained, swap_router
-from probmoe_ext.routers import register_router, registry
+from probmoe_ext.routers import register_router
 from tests.hf.models import FAMILIES, LAYERS, K, gates, tiny, tokens
 from tests.hf.test_models import swappable
 from tests.routers.balance import BiasedRouter
@@ -27,9 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the '.*' implementation of .* co
 
 
 @pytest.fixture
-def biased(monkeypatch: pytest.MonkeyPatch) -> None:
+def biased() -> None:
     """Register a router with a parameter and a buffer outside the state dict."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     register_router("biased")(BiasedRouter)
 
 

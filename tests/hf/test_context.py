@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from probmoe_ext.hf import restore_router, swap_router
-from probmoe_ext.routers import Router, make_router, register_router, registry
+from probmoe_ext.routers import Router, make_router, register_router
 from tests.hf.models import LAYERS, H, K, experts, gates, tiny, tokens
 from tests.hf.test_training import step
 
@@ -51,13 +50,9 @@ class Halving(Router):
 
 
 @pytest.fixture(autouse=True)
-def _own_routers() -> Iterator[None]:
-    before = dict(registry._REGISTRY)
+def _own_routers() -> None:
     register_router("curious")(Curious)
     register_router("halving")(Halving)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
 
 
 def curious(**changes: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from probmoe_ext.hf import restore_router, routing_of, swap_router
-from probmoe_ext.routers import aux_losses, register_router, registry
+from probmoe_ext.routers import aux_losses, register_router
 from tests.hf.models import FAMILIES, LAYERS, E, H, K, experts, gates, tiny, tokens
 from tests.routers.balance import BalanceRouter, BiasedRouter
 
@@ -23,14 +22,10 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 
 @pytest.fixture
-def own_routers() -> Iterator[None]:
+def own_routers() -> None:
     """Register routers with a loss and with a parameter for one test."""
-    before = dict(registry._REGISTRY)
     register_router("balance")(BalanceRouter)
     register_router("biased")(BiasedRouter)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:

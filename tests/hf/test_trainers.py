@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 import probmoe_ext
 from probmoe_ext.hf import save_pretrained, swap_router, watch_trainer
 from probmoe_ext.hf.trainers import label_share
-from probmoe_ext.routers import register_router, registry
+from probmoe_ext.routers import register_router
 from tests.hf.models import VOCABULARY, E, H, K, gates, tiny, tokens
 from tests.routers.balance import BalanceRouter, BiasedRouter
 
@@ -25,8 +25,7 @@ STEPS, LENGTH = 6, 10
 
 
 @pytest.fixture(autouse=True)
-def _own_routers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+def _own_routers() -> None:
     register_router("balance")(BalanceRouter)
     register_router("biased")(BiasedRouter)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,17 +12,7 @@ from probmoe_ext.routers import (
     available_routers,
     make_router,
     register_router,
-    registry,
 )
-
-
-@pytest.fixture
-def own_names() -> Iterator[None]:
-    """Forget the routers that a test registers."""
-    before = dict(registry._REGISTRY)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
 
 
 def test_the_registry_knows_the_routers_of_the_package() -> None:
@@ -84,7 +72,6 @@ def test_the_repr_shows_the_options() -> None:
     assert "num_experts=8, k=(1, 3), normalize=True, forward='sample', backward='marginal'" in shown
 
 
-@pytest.mark.usefixtures("own_names")
 def test_a_router_of_ones_own() -> None:
     @register_router("first_experts")
     class FirstExperts(Router):
@@ -103,7 +90,6 @@ def test_a_router_of_ones_own() -> None:
     assert router.top_k_in_evaluation() is None
 
 
-@pytest.mark.usefixtures("own_names")
 def test_what_may_be_registered() -> None:
     with pytest.raises(ValueError, match=r"'topk' is already registered, by probmoe_ext\.routers\.topk\.TopKRouter"):
         register_router("topk")(type("Another", (Router,), {}))
