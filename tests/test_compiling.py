@@ -66,6 +66,7 @@ def test_only_what_changed_is_compiled(build: Callable[..., list[str]], tmp_path
     assert build() == ["two"]
     assert build("-O1") == ["one", "two"], "other flags"
     assert build("-O1") == []
+    assert not list(tmp_path.glob(".ninja*")), "ninja's records lie beside the sources"
 
 
 @needs_compiler

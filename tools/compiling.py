@@ -53,6 +53,7 @@ def _path(path: Path) -> str:
 def manifest(units: Sequence[Unit], folder: Path) -> str:
     """What ninja reads: one rule, one line a unit. It compiles again when a source, a header or the command changed."""
     lines = [
+        f"builddir = {_path(folder)}",  # of ninja's own records
         "rule compile",
         "  command = $compiler -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
