@@ -60,6 +60,7 @@ typedef struct block {
   vmask poison;         /* rows with a NaN, a +inf, or too few unmasked experts: computed as zeros, answered with NaN */
   vmask infeasible;     /* rows with too few unmasked experts */
   vreal pivot, offset;  /* general blocks: lambda = pivot + offset */
+  int scalable;         /* whether general blocks can be scaled: -1 as long as no block has asked */
   int normalised;       /* general blocks: p_i and 1 - p_i, not scaled by the larger of 1 and the odds */
   int by_powers;        /* general blocks, not normalised: scaled by the power of two below the odds */
   vint base_size;       /* j0 */
@@ -94,6 +95,7 @@ static void block_begin(block *k, const pm_job *job, states of) {
   k->E = E;
   k->a = (int)job->shape.k_min;
   k->b = (int)b;
+  k->scalable = -1;
   k->segment = segment_states(E, b, width_of(of)) * experts_in(of);
   k->segments = (E + k->segment - 1) / k->segment;
   k->x = next, next += E;

@@ -71,11 +71,12 @@ typedef struct walk {
   vint experts; /* n (normalised blocks) */
 } walk;
 
-/* U in the scale of a state of this depth. A state behind the n-th expert exceeds U. */
-PM_ALWAYS_INLINE vreal level_at(const walk *at, vreal depth, int plain) {
-  if (plain) return at->level;
-  const vreal difference = at->depth - depth;
-  return select_((vmask)(difference < splat(0)), splat(-1), scale_up(at->level, difference));
+/* Counts `step` where a state of this mass and depth is passed: where it is at most U, in the scale of the state. Those
+ * behind the n-th expert exceed U; they are known by their depth where that would overflow. */
+PM_ALWAYS_INLINE vint count_passed(vint count, bits step, vreal mass, vreal depth, const walk *at, int plain) {
+  if (plain) return count_where_at_most(count, step, mass, at->level);
+  const vreal room = at->depth - depth;
+  return count_where_room(count, step, mass, scale_up(at->level, room), room);
 }
 
 /* A[j] of the lanes' states: 1 for j = 0 in plain blocks, whose table leaves it out. */
@@ -92,15 +93,15 @@ PM_ALWAYS_INLINE void choose_by_count(const block *k, const vreal *table, int64_
   for (int j = k->b; j > 0; --j) {
     const vreal *mass = table + j;
     /* The others have their next member before this segment. */
-    const vmask here = (vmask)(at->left == j) & (vmask)(mass[0] <= level_at(at, depth[0], plain));
+    const vmask here = (vmask)(at->left == j) & (vmask)count_passed((vint){0}, -1, mass[0], depth[0], at, plain);
     if (!any(here)) continue;
     vint passed = {0};
     for (int64_t n = stride; n < pairs; n += stride)
-      passed = count_where_at_most(passed, (bits)stride, mass[n * cells], level_at(at, depth[2 * n], plain));
+      passed = count_passed(passed, (bits)stride, mass[n * cells], depth[2 * n], at, plain);
     for (int64_t half = stride / 2; half > 0; half /= 2) {
       const vint middle = int_min_(passed + (bits)half, splat_bits((bits)pairs));
-      const vreal level = level_at(at, plain ? at->level : pick(depth, middle * 2), plain);
-      passed = count_where_at_most(passed, (bits)half, pick(mass, middle * (bits)cells), level);
+      const vreal taken = plain ? splat(0) : pick(depth, middle * 2);
+      passed = count_passed(passed, (bits)half, pick(mass, middle * (bits)cells), taken, at, plain);
     }
     /* The member is one of this pair: the second, if the state between is passed as well. */
     passed = int_min_(passed, splat_bits((bits)pairs - 1)); /* of lanes that are not here */
@@ -108,8 +109,8 @@ PM_ALWAYS_INLINE void choose_by_count(const block *k, const vreal *table, int64_
     const vreal w = pick(k->w + begin, first), q = plain ? splat(1) : pick(k->q + begin, first);
     const vreal before = mass_at(table, state, j, plain), below = mass_at(table, state, j - 1, plain);
     const vreal between = fma_(w, below, plain ? before : q * before);
-    const vreal level = level_at(at, plain ? at->level : pick(depth, first + 1), plain);
-    const vmask second = (vmask)(between <= level);
+    const vreal taken = plain ? splat(0) : pick(depth, first + 1);
+    const vmask second = (vmask)count_passed((vint){0}, -1, between, taken, at, plain);
     const vint member = first - second;
     k->order[j - 1] = int_select_(here, member + (bits)begin, k->order[j - 1]);
     at->left += here;

@@ -120,6 +120,21 @@ PM_ALWAYS_INLINE vint count_where_at_most(vint count, bits step, vreal a, vreal 
 #endif
 }
 
+/* The same where, moreover, `room` is not negative. */
+PM_ALWAYS_INLINE vint count_where_room(vint count, bits step, vreal a, vreal b, vreal room) {
+#if PM_VECTOR_BYTES == 64 && defined(__AVX512F__) && PM_REAL_BITS == 32
+  const __mmask16 found =
+      _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(room, splat(0), _CMP_GE_OQ), (__m512)a, (__m512)b, _CMP_LE_OQ);
+  return (vint)_mm512_mask_add_epi32((__m512i)count, found, (__m512i)count, _mm512_set1_epi32(step));
+#elif PM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const __mmask8 found =
+      _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(room, splat(0), _CMP_GE_OQ), (__m512d)a, (__m512d)b, _CMP_LE_OQ);
+  return (vint)_mm512_mask_add_epi64((__m512i)count, found, (__m512i)count, _mm512_set1_epi64(step));
+#else
+  return count + ((vmask)(a <= b) & (vmask)(room >= splat(0)) & step);
+#endif
+}
+
 /* Bit l of the result: is lane l set? */
 PM_ALWAYS_INLINE unsigned lanes_of(vmask mask) {
 #if PM_VECTOR_BYTES == 64 && defined(__AVX512DQ__) && PM_REAL_BITS == 32

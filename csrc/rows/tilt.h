@@ -166,13 +166,12 @@ static int scaled_is_possible(const block *k) {
 
 static void tilt_scaled(block *k) {
   const int64_t E = k->E;
-  vreal pivot = splat(0);
-  for (int l = 0; l < LANES; ++l) {
-    /* sizes favoured at lambda = 0: the mode's, the number of positive logits */
-    const int below = k->a > 0 && !(k->top[k->a - 1][l] > 0), above = k->b > 0 && k->top[k->b - 1][l] > 0;
-    k->base_size[l] = below && !above ? k->a : k->b;
-    if (k->b > 0 && (below || above || k->a == k->b)) pivot[l] = k->top[k->base_size[l] - 1][l];
-  }
+  const int a = k->a, b = k->b;
+  /* Sizes favoured at lambda = 0: the mode's, the number of positive logits. */
+  const vreal smallest = a > 0 ? k->top[a - 1] : splat(1), largest = b > 0 ? k->top[b - 1] : splat(0);
+  const vmask above = (vmask)(largest > splat(0)), below = ~(vmask)(smallest > splat(0)) & ~above;
+  k->base_size = int_select_(below, splat_bits(a), splat_bits(b));
+  const vreal pivot = a == b ? largest : select_(below, smallest, select_(above, largest, splat(0)));
   k->pivot = pivot;
   k->offset = splat(0);
   if (!k->by_powers) {
@@ -263,7 +262,8 @@ static void tilt_general(block *k, int by_powers) {
   if (k->b == 0) /* only the empty set: as if every expert were masked */
     for (int64_t i = 0; i < k->E; ++i) k->x[i] = splat(-(real)INFINITY);
   rank_largest(k);
-  k->normalised = !scaled_is_possible(k);
+  if (k->scalable < 0) k->scalable = scaled_is_possible(k);
+  k->normalised = !k->scalable;
   k->by_powers = by_powers && !k->normalised;
   if (k->normalised)
     tilt_normalised(k);
