@@ -17,7 +17,7 @@ import torch
 import probmoe_ext
 
 from .peers import Run
-from .registry import SHORTEST_TURN, Benchmark, Case
+from .registry import TURN, Benchmark, Case
 
 ROOT = Path(__file__).parents[1]
 LEAST_TURNS = 7
@@ -32,8 +32,8 @@ def _timed(run: Run, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def alternate(ours: Run, peer: Run, seconds: float, turn: float = SHORTEST_TURN) -> tuple[list[float], list[float]]:
-    """Seconds a call, turn by turn, so that a slow moment of the machine hits both; at least 7 turns of `turn`."""
+def alternate(ours: Run, peer: Run, seconds: float, turn: float = TURN) -> tuple[list[float], list[float]]:
+    """Seconds a call, in turns of `turn` seconds, so that a slow moment of the machine hits both; 7 turns at least."""
     calls = []
     for run in (ours, peer):
         run()

@@ -30,13 +30,9 @@ from .peers import (
     with_backward,
 )
 
-SHORTEST_TURN = 200e-6
-"""Seconds; shorter closures run several times a turn, so that reading the clock and cold caches do not count."""
-THREADS_TURN = 10e-3
-"""The same where turns have other numbers of threads: a pool that was put to sleep, or made anew, does not count."""
-
-SLOW_PEER_TURN = 10e-3
-"""The same beside a peer of a tenth of a second: what it leaves cold counts in the first of several calls of ours."""
+TURN = 10e-3
+"""Seconds: closures run several times a turn, so that neither the clock's reading nor what the other one left in caches
+and branch predictors counts, and a pool of threads that was put to sleep does not either."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Benchmark:
         tests: what must be green before it is timed.
         suite: where ``python -m benchmarks.run`` measures it by default.
         target: the ratio of the medians that ours shall not exceed.
-        turn: seconds that a turn lasts at least; calls that are shorter are repeated.
+        turn: seconds that a turn lasts at least, calls that are shorter being repeated; 0 is one call a turn.
     """
 
     name: str
@@ -72,7 +68,7 @@ class Benchmark:
     tests: tuple[str, ...] = ("tests/ops",)
     suite: tuple[Case, ...] = (Case(rows=512),)
     target: float | None = None
-    turn: float = SHORTEST_TURN
+    turn: float = TURN
 
 
 SIZES = tuple(
@@ -81,6 +77,7 @@ SIZES = tuple(
     for rows in (512, 4096, 16384)
     for experts, k in ((64, 8), (60, 4), (128, 8), (256, 8))
 )
+SMALL = tuple(case for case in SIZES if case.rows == 512)
 DECODING = (Case(1), Case(8), Case(64))
 SWEEPS = {
     "E": tuple(Case(512, experts=e) for e in (16, 32, 64, 128, 256)),
@@ -170,7 +167,6 @@ def _against_itself(name: str, make: Make) -> tuple[Benchmark, ...]:
             "one thread",
             suite=(Case(),),
             target=1 / 1.8,
-            turn=THREADS_TURN,
         ),
     )
 
@@ -190,6 +186,8 @@ _ALL = (
     Benchmark("route_probmoe_backward", _BACKWARD, _PEER_BACKWARD, _SOFTMAX_TOPK, suite=SIZES, target=0.38),
     Benchmark("route_top_k", _TOP_K, _PEER, _SOFTMAX_TOPK, suite=SIZES, target=0.10),
     Benchmark("route_top_k_backward", _TOP_K_BACKWARD, _PEER_BACKWARD, _SOFTMAX_TOPK, suite=(Case(),)),
+    Benchmark("route_probmoe:cold", _FORWARD, _PEER, _SOFTMAX_TOPK, suite=SMALL, turn=0),
+    Benchmark("route_probmoe_backward:cold", _BACKWARD, _PEER_BACKWARD, _SOFTMAX_TOPK, suite=SMALL, turn=0),
     Benchmark("route_probmoe:decoding", _FORWARD, _PEER, _SOFTMAX_TOPK, suite=DECODING, target=2.5),
     Benchmark("route_top_k:decoding", _TOP_K, _PEER, _SOFTMAX_TOPK, suite=DECODING, target=2.5),
     Benchmark("route_probmoe_backward:decoding", _BACKWARD, _PEER_BACKWARD, _SOFTMAX_TOPK, suite=DECODING, target=1.6),
@@ -203,25 +201,22 @@ _ALL = (
         "published log-space dynamic program",
         suite=(Case(512), Case(4096)),
         target=1 / 150,
-        turn=SLOW_PEER_TURN,
     ),
     Benchmark(
         "route_probmoe_backward:circuit",
         _BACKWARD,
         _CIRCUIT,
         "published circuit, differentiated",
-        suite=(Case(512),),
+        suite=(Case(512), Case(4096)),
         target=1 / 1000,
-        turn=SLOW_PEER_TURN,
     ),
     Benchmark(
         "route_probmoe_backward:walked_circuit",
         _BACKWARD,
         _WALKED_CIRCUIT,
         "published circuit, walked up and down",
-        suite=(Case(512),),
+        suite=(Case(512), Case(4096)),
         target=1 / 1000,
-        turn=SLOW_PEER_TURN,
     ),
     Benchmark(
         "route_probmoe_backward:lean_log_space",
@@ -229,14 +224,12 @@ _ALL = (
         _LEAN_LOG_SPACE,
         "log-space dynamic program, one pass, Gumbel draw",
         suite=(Case(512), Case(4096)),
-        turn=SLOW_PEER_TURN,
     ),
     Benchmark(
         "route_probmoe_backward:lean_circuit",
         _BACKWARD,
         _LEAN_CIRCUIT,
         "circuit as a tree of sizes, one pass, Gumbel draw",
-        turn=SLOW_PEER_TURN,
     ),
     Benchmark("route_probmoe_backward:gumbel", _BACKWARD, with_backward(gumbel_softmax_topk), "Gumbel-softmax top-k"),
     Benchmark(
@@ -252,7 +245,6 @@ _ALL = (
         _CHAIN,
         "published log-space dynamic program",
         suite=tuple(dict.fromkeys((*SWEEPS["E"], *SWEEPS["k"]))),
-        turn=SLOW_PEER_TURN,
     ),
     *_against_itself("route_probmoe", _FORWARD),
     *_against_itself("route_probmoe_backward", _BACKWARD),
