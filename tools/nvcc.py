@@ -38,19 +38,18 @@ def code_flags(architectures: Sequence[str]) -> list[str]:
     the assembler makes the same code of it. Variants with a letter ("9.0a") stand by themselves.
     """
     families: dict[str, list[str]] = {}
+    portable = []
     for architecture in architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
+        if architecture.endswith("+PTX"):
+            portable.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         families.setdefault(number[:-1] if number.isdecimal() else number, []).append(number)
     flags = []
     for numbers in families.values():
         lowest = min(numbers, key=lambda number: int(re.sub(r"\D", "", number)))
         machine = ",".join(f"sm_{number}" for number in numbers)
         flags.append(f"-gencode=arch=compute_{lowest},code=[{machine}]")
-    for architecture in architectures:
-        if architecture.endswith("+PTX"):
-            number = architecture.removesuffix("+PTX").replace(".", "")
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return flags + portable
 
 
 class Toolkit:
